@@ -11,17 +11,24 @@ import argparse
 import io
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+try:
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
 
-import utils
-from model import VAE, bernoulli_log_likelihood, kl_divergence, log_importance_weights
-from utils import Dataset, UserError
+    import utils
+    from model import VAE, bernoulli_log_likelihood, kl_divergence, log_importance_weights
+    from utils import Dataset, UserError
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"evaluate.py: error: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +68,7 @@ def estimate_nll(model: VAE, inputs: Tensor, targets: Tensor, num_samples: int =
 
 @torch.no_grad()
 def count_active_units(model: VAE, inputs: Tensor, threshold: float = 0.01) -> int:
-    """Latent dimensions whose posterior mean varies over the data by more than threshold (Burda et al. 2016, section 5.3)."""
+    """The latents whose posterior mean varies over the data by more than threshold (Burda et al. 2016, section 5.2)."""
     return int((model.encode(inputs)[2].var(0) > threshold).sum())
 
 
@@ -145,23 +152,23 @@ def draw_latent_space(model: VAE, dataset: Dataset, binarize: str, caption: str)
 
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
     colors = matplotlib.color_sequences["petroff10"]  # told apart by the colour-blind too (arXiv 2107.02270)
+    labels = dataset.test_labels.cpu()
+    axes.scatter(*mu.T, s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
     for label, (name, color) in enumerate(zip(dataset.classes, colors, strict=True)):
-        points = mu[(dataset.test_labels == label).cpu()]
-        axes.scatter(*points.T, s=4, color=color, alpha=0.6, linewidths=0, label=name)
-        axes.annotate(name, points.median(0).values.tolist(), ha="center", va="center", color="white", weight="bold")
-        axes.texts[-1].set_bbox({"boxstyle": "round,pad=0.2", "facecolor": color, "edgecolor": "white"})
+        box = {"boxstyle": "round,pad=0.2", "facecolor": color, "edgecolor": "white"}
+        middle = mu[labels == label].median(0).values.tolist()
+        axes.annotate(name, middle, ha="center", va="center", color="white", weight="bold", bbox=box)
     axes.set(xlabel=names[0], ylabel=names[1])
-    axes.legend(markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 
 
 def draw_manifold(model: VAE, caption: str, steps: int = 20) -> "Figure":
     """A two-dimensional latent space decoded at equal quantiles of the prior (Kingma & Welling 2014, figure 4)."""
     device = next(model.parameters()).device
-    quantiles = (torch.arange(steps, device=device) + 0.5) / steps
-    values = torch.special.ndtri(quantiles)
+    values = torch.special.ndtri((torch.arange(steps) + 0.5) / steps)
     with torch.no_grad():
-        images = model.decode(torch.cartesian_prod(values.flip(0), values).flip(1))  # z_2 upwards, z_1 to the right
+        z = torch.cartesian_prod(values.flip(0), values).flip(1)  # z_2 upwards, z_1 to the right
+        images = model.decode(z.to(device))
     figure, axes = _new_figure(steps, steps, f"Images decoded at equal quantiles of the prior\n{caption}")
     _show_tiles(axes, images, steps)
     ticks = [f"{value:.1f}" for value in values.tolist()]
@@ -256,6 +263,8 @@ def main() -> None:
     print_metrics(metrics, path)
     utils.write_atomically(path.with_name("metrics.json"), (json.dumps(metrics, indent=2) + "\n").encode())
     caption = f"{dataset.name}, {model.config['latent_size']} latents"
+    if "epoch" in checkpoint:
+        caption += f", epoch {checkpoint['epoch']}"
     for name, figure in draw_all(model, dataset, binarize, caption):
         save_figure(figure, path.with_name(name))
         print(f"wrote {path.with_name(name)}")

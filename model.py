@@ -150,7 +150,7 @@ class VAE(nn.Module):
 
 
 def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:
-    """The negative ELBO (eq. 10) from pixel probabilities: binary cross-entropy + KL, summed over all and never averaged.
+    """The negative ELBO (eq. 10) from pixel probabilities: binary cross-entropy + KL, summed over all, never averaged.
 
     inputs (B, D) as the decoder returns them, targets (B, ...) in [0, 1] with D values an image, logvar and mu
     (B, latent_size) -> a scalar, in nats for the whole batch. Averaging the cross-entropy over pixels would make the

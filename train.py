@@ -91,7 +91,10 @@ def resume(
         raise UserError(f"{path} can be evaluated but not resumed: it holds no {', '.join(sorted(missing))}")
     changes = {"epochs": epochs, "data_dir": data_dir, "device": device}
     options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
-    check_options(options)
+    try:
+        check_options(options)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} can be evaluated but not resumed: its options are damaged") from error
     if options["epochs"] <= checkpoint["epoch"]:
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
     data = utils.load_dataset(options["dataset"], options["data_dir"])
@@ -120,6 +123,7 @@ def check_options(options: dict[str, Any]) -> None:
     }
     for name, values in (choices | {"binarize": utils.BINARIZE}).items():
         check(name, f"one of {', '.join(values)}", options[name] in values)
+    utils.choose_device(options["device"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,16 +147,11 @@ def _fit(model: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> tu
     else:
         save(run, average, model, optimizer, options, history)
     test_inputs, test_targets = utils.binarize_test_set(data.test_images, options["binarize"])
-    print(
-        f"{data.name}: {len(data.train_images):,} training images, {sum(p.numel() for p in model.parameters()):,} weights"
-    )
-    print(
-        f"{device}, writing to {run}"
-        + ("; the loss is not a likelihood: targets are gray" * (options["binarize"] == "none"))
-    )
+    num_weights = sum(weight.numel() for weight in model.parameters())
+    num_images = len(data.train_images)
+    print(f"{data.name}: {num_images:,} training images; {num_weights:,} weights on {device}; writing to {run}")
 
     # Train
-    num_images = len(data.train_images)
     with tqdm(total=options["epochs"] * num_images, unit=" images", unit_scale=True, disable=None) as progress:
         progress.update((first - 1) * num_images)
         for epoch in range(first, options["epochs"] + 1):
@@ -266,10 +265,13 @@ def epoch_line(row: dict[str, float], options: dict[str, Any]) -> str:
         f"epoch {row['epoch']:{len(str(options['epochs']))}d}/{options['epochs']}  train {row['train_loss']:7.2f}  "
         f"test {row['test_loss']:7.2f} = BCE {row['test_bce']:6.2f} + KL {row['test_kl']:5.2f}  "
         f"{row['images_per_second']:9,.0f} images/s"
+        + (options["binarize"] == "none")
+        * "  (gray targets: no likelihood)"
     )
 
 
 def draw(run: Path, model: VAE, data: Dataset, options: dict[str, Any], history: list) -> None:
+    """Writes the pictures that show how far the run has come."""
     caption = f"{data.name}, {options['latent_size']} latents, epoch {len(history)}"
     evaluate.save_figure(draw_curves(history, caption), run / "curves.png")
     evaluate.save_figure(
@@ -281,6 +283,7 @@ def draw(run: Path, model: VAE, data: Dataset, options: dict[str, Any], history:
 def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
     """Training and test loss over the epochs, and the test loss's two terms."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     figure.suptitle(f"Training curves: {caption}", fontsize=10)
@@ -294,6 +297,7 @@ def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
         for (column, label), color in zip(columns.items(), ("#ffa90e", "#3f90da")[-len(columns) :], strict=True):
             axes.plot(epochs, [row[column] for row in history], marker=".", color=color, label=label)
         axes.set(title=title, xlabel="epoch", ylabel="nats per image", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)

@@ -62,8 +62,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             message, code = f"{where}{error.strerror or one_line(error)}", 2
-        except torch.OutOfMemoryError as error:
-            message, code = f"out of memory, try a smaller --batch-size or --hidden-size: {one_line(error)}", 2
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            message, code = f"out of memory, try a smaller --batch-size or --hidden-size ({one_line(error)})", 2
         except KeyboardInterrupt:
             message, code = "interrupted", 130
         else:
@@ -115,7 +117,7 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str = "auto", data_dir: str | Path = "data") -> Dataset:
-    """Loads a data set of 28x28 gray images in 10 classes, downloading into data_dir what torchvision does not find there.
+    """Loads a data set of 28x28 gray images in 10 classes; torchvision downloads into data_dir what is not there.
 
     "auto" is mnist, or mnist-5k after a warning where mnist can't be had. Raises UserError for an unknown name or a
     damaged file, DataUnavailable for what can't be had.
@@ -188,7 +190,8 @@ def _read_or_download(construct: Callable[..., Any], name: str, data_dir: str | 
     try:
         return construct(download=True)
     except (RuntimeError, OSError) as error:
-        message = f"{name} is not in the folder {data_dir} and could not be downloaded ({one_line(error)})"
+        reason = str(error).strip().splitlines()[-1]
+        message = f"{name} is not in the folder {data_dir} and could not be downloaded ({reason})"
         raise DataUnavailable(message) from error
     finally:
         socket.setdefaulttimeout(default_timeout)
