@@ -49,26 +49,30 @@ def compute_elbo(model: VAE, inputs: Tensor, targets: Tensor, batch_size: int = 
 
 
 @torch.no_grad()
-def estimate_nll(model: VAE, inputs: Tensor, targets: Tensor, num_samples: int = 100, batch_size: int = 200) -> Tensor:
+def estimate_nll(
+    model: VAE, inputs: Tensor, targets: Tensor, num_samples: int = 100, seed: int = 0, batch_size: int = 200
+) -> Tensor:
     """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N, D) -> (N,), in nats.
 
-    Draws from PyTorch's generator, the same numbers whatever the batch size. Memory does not grow with num_samples.
+    A seed gives the same figures whatever the batch size, and memory does not grow with the number of samples.
     """
     posteriors = [model.encode(x)[1:] for x in inputs.split(batch_size)]
     logvar, mu = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
-    log_sums = torch.full((len(inputs),), -math.inf, device=inputs.device)  # of the weights so far
-    chunks = torch.arange(num_samples).split(10)
-    for chunk in tqdm(chunks, desc="nll", unit_scale=10, unit=" samples", leave=False, disable=None):
-        eps = torch.randn(len(chunk), *mu.shape, device=mu.device)
-        for batch in torch.arange(len(inputs), device=mu.device).split(batch_size):
-            log_weights = log_importance_weights(model.decoder, targets[batch], logvar[batch], mu[batch], eps[:, batch])
-            log_sums[batch] = log_sums[batch].logaddexp(log_weights.logsumexp(0))
+    generator = torch.Generator(mu.device).manual_seed(seed)
+    log_sums = torch.full((len(inputs),), -math.inf, device=mu.device)  # of the weights so far
+    with tqdm(total=num_samples, desc="nll", unit=" samples", leave=False, disable=None) as progress:
+        for chunk in torch.arange(num_samples).split(10):
+            eps = torch.randn(len(chunk), *mu.shape, generator=generator, device=mu.device)
+            for i in torch.arange(len(inputs), device=mu.device).split(batch_size):
+                log_weights = log_importance_weights(model.decoder, targets[i], logvar[i], mu[i], eps[:, i])
+                log_sums[i] = log_sums[i].logaddexp(log_weights.logsumexp(0))
+            progress.update(len(chunk))
     return math.log(num_samples) - log_sums
 
 
 @torch.no_grad()
 def count_active_units(model: VAE, inputs: Tensor, threshold: float = 0.01) -> int:
-    """The latents whose posterior mean varies over the data by more than threshold (Burda et al. 2016, section 5.2)."""
+    """The latents whose posterior mean varies over the data by more than threshold (Burda et al. 2016)."""
     return int((model.encode(inputs)[2].var(0) > threshold).sum())
 
 
@@ -80,7 +84,7 @@ def evaluate(
     inputs, targets = utils.binarize_test_set(images, binarize)
     return {
         **compute_elbo(model, inputs, targets),
-        "nll": estimate_nll(model, inputs, targets, nll_samples).mean().item(),
+        "nll": estimate_nll(model, inputs, targets, nll_samples, seed).mean().item(),
         "nll_samples": nll_samples,
         "active_units": count_active_units(model, inputs),
         "num_images": len(images),
@@ -120,7 +124,7 @@ def draw_interpolations(model: VAE, dataset: Dataset, binarize: str, caption: st
     """Straight walks in latent space between the posterior means of test images of different classes."""
     labels, steps = dataset.test_labels, 11
     pairs = [(label, (label + 5) % len(dataset.classes)) for label in range(5)]
-    ends = [int((labels == label).nonzero()[1]) for pair in pairs for label in pair]
+    ends = [int((labels == label).nonzero()[-1]) for pair in pairs for label in pair]
     inputs, _ = utils.binarize_test_set(dataset.test_images[ends], binarize)
     with torch.no_grad():
         start, end = model.encode(inputs)[2].view(len(pairs), 2, 1, -1).unbind(1)
@@ -153,7 +157,7 @@ def draw_latent_space(model: VAE, dataset: Dataset, binarize: str, caption: str)
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
     colors = matplotlib.color_sequences["petroff10"]  # told apart by the colour-blind too (arXiv 2107.02270)
     labels = dataset.test_labels.cpu()
-    axes.scatter(*mu.T, s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
+    axes.scatter(*mu.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
     for label, (name, color) in enumerate(zip(dataset.classes, colors, strict=True)):
         box = {"boxstyle": "round,pad=0.2", "facecolor": color, "edgecolor": "white"}
         middle = mu[labels == label].median(0).values.tolist()
@@ -207,7 +211,7 @@ def _show_tiles(axes: Any, images: Tensor, rows: int) -> None:
     """Shows (rows * columns, D) square images in [0, 1] as one picture, row by row."""
     side = math.isqrt(images.shape[1])
     tiles = images.float().cpu().view(rows, -1, side, side).permute(0, 2, 1, 3).reshape(rows * side, -1)
-    axes.imshow(tiles, cmap="gray", vmin=0, vmax=1)
+    axes.imshow(tiles.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
 
 
@@ -239,7 +243,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: %(default)s)")
     args = parser.parse_args()
     if args.nll_samples < 1:
-        raise UserError(f"--nll-samples must be at least 1, not {args.nll_samples}")
+        raise UserError(f"--nll-samples must be a whole number above 0, not {args.nll_samples}")
+    if args.seed < 0:
+        raise UserError(f"--seed must be a whole number, 0 or above, not {args.seed}")
     return args
 
 

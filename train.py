@@ -87,14 +87,18 @@ def resume(
     """
     path = utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path)
-    if missing := {"options", "epoch", "history", "training_weights", "optimizer_state_dict"} - checkpoint.keys():
-        raise UserError(f"{path} can be evaluated but not resumed: it holds no {', '.join(sorted(missing))}")
     changes = {"epochs": epochs, "data_dir": data_dir, "device": device}
-    options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
     try:
+        options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
         check_options(options)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} can be evaluated but not resumed: its options are damaged") from error
+        if checkpoint["epoch"] != len(checkpoint["history"]):
+            raise ValueError("its epochs and its history differ")
+        copy.deepcopy(model).load_state_dict(checkpoint["training_weights"])
+        torch.optim.Adam(model.parameters()).load_state_dict(checkpoint["optimizer_state_dict"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be resumed, only evaluated: its training state is damaged or missing"
+        ) from error
     if options["epochs"] <= checkpoint["epoch"]:
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
     data = utils.load_dataset(options["dataset"], options["data_dir"])
@@ -227,7 +231,7 @@ def kl_weight(done: float, options: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def update_average(average: VAE, model: VAE, step: int, eta: float = 9) -> None:
-    """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824, section 4).
+    """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824).
 
     Does what a falling learning rate does, without having to know when training ends: the average leans on the last
     tenth or so of all steps, however many there were.

@@ -252,16 +252,15 @@ def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:
     resumes from the rest. No code in the file is run. Raises UserError for what is not such a checkpoint.
     """
     path = checkpoint_path(path)
+    data = path.read_bytes()
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a damaged file is not documented
         raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
     try:
-        model = VAE(**checkpoint["model"])
+        model = VAE(**dict(checkpoint["model"]))
         model.load_state_dict(checkpoint["model_state_dict"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)}") from error
     return model, checkpoint
 

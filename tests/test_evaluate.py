@@ -1,0 +1,253 @@
+"""Metrics against brute force, pictures against what they must show, and the evaluate command."""
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Normal
+
+import evaluate
+import utils
+from model import VAE
+
+
+@pytest.fixture(scope="module")
+def trained(digits: utils.Dataset) -> VAE:
+    """A two-dimensional model after a minute's worth of nothing: 300 steps of Adam on the bundled digits."""
+    torch.manual_seed(0)
+    vae = VAE(784, 64, 2)
+    adam = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    for _ in range(300):
+        x, _ = utils.binarize(digits.train_images[torch.randint(4500, (128,))], "dynamic")
+        x_hat, logvar, mu, _ = vae(x)
+        adam.zero_grad()
+        evaluate.kl_divergence(logvar, mu).sum().add(
+            torch.nn.functional.binary_cross_entropy(x_hat, x, reduction="sum")
+        ).backward()
+        adam.step()
+    return vae.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_elbo_equals_torch_distributions(trained: VAE, digits: utils.Dataset):
+    inputs, targets = utils.binarize_test_set(digits.test_images, "threshold")
+    torch.manual_seed(1)
+    figures = evaluate.compute_elbo(trained, inputs, targets)
+    torch.manual_seed(1)
+    x_hat, logvar, mu, _ = trained(inputs)
+    bce = -Bernoulli(x_hat).log_prob(targets).sum(1).mean()
+    kl = torch.distributions.kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).sum(1).mean()
+    assert figures["bce"] == pytest.approx(bce.item(), rel=1e-5)
+    assert figures["kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert figures["neg_elbo"] == pytest.approx((bce + kl).item(), rel=1e-5)
+
+
+def test_elbo_in_batches(trained: VAE, digits: utils.Dataset):
+    inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
+    whole = evaluate.compute_elbo(trained, inputs, targets, batch_size=500)
+    parts = evaluate.compute_elbo(trained, inputs, targets, batch_size=77)
+    assert parts["kl"] == pytest.approx(whole["kl"])
+    assert parts["neg_elbo"] == pytest.approx(whole["neg_elbo"], abs=1)  # other draws of z
+
+
+def test_nll_equals_the_integral_over_a_grid(trained: VAE, digits: utils.Dataset):
+    """p(x) = the integral of p(x|z) p(z) over two latents, summed over a fine grid."""
+    inputs, targets = utils.binarize_test_set(digits.test_images[::25], "dynamic")
+    step = 0.03
+    axis = torch.arange(-6, 6, step, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)
+    log_prior = Normal(0.0, 1.0).log_prob(z).sum(1)
+    x = targets.double()
+    decoder = copy.deepcopy(trained.decoder).double()
+    logits = torch.cat([decoder.logits(part) for part in z.split(50_000)])
+    log_joint = x @ logits.T - torch.nn.functional.softplus(logits).sum(1) + log_prior
+    exact = -(log_joint.logsumexp(1) + 2 * math.log(step))
+    wide = copy.deepcopy(trained)
+    wide.latent_z.logvar.bias += 2 * math.log(3)  # p(x) does not depend on q: a wide one finds all of it
+    estimate = evaluate.estimate_nll(wide, inputs, targets, num_samples=20_000)
+    assert (estimate - exact).abs().max() < 0.05
+    assert (estimate - exact).mean().abs() < 0.01
+
+
+def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: utils.Dataset):
+    inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
+    nll = torch.stack([evaluate.estimate_nll(trained, inputs, targets, 1, seed).mean() for seed in range(40)])
+    elbo = torch.tensor([evaluate.compute_elbo(trained, inputs, targets)["neg_elbo"] for _ in range(40)])
+    standard_error = ((nll.var() + elbo.var()) / 40).sqrt()
+    assert (nll.mean() - elbo.mean()).abs() < 4 * standard_error
+    assert standard_error < 0.2
+
+
+def test_nll_tightens_and_ignores_the_batch_size(trained: VAE, digits: utils.Dataset):
+    inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
+    bounds = [evaluate.estimate_nll(trained, inputs, targets, k).mean().item() for k in (1, 4, 16, 64, 256)]
+    assert bounds == sorted(bounds, reverse=True)
+    figures = [evaluate.estimate_nll(trained, inputs, targets, 25, batch_size=size) for size in (500, 64, 7)]
+    torch.testing.assert_close(figures[0], figures[1])
+    torch.testing.assert_close(figures[0], figures[2])
+
+
+def test_nll_of_extreme_logits_is_finite():
+    vae = VAE(4, 2, 1)
+    torch.nn.init.constant_(vae.decoder.fc2.bias, 1e4)
+    zeros = torch.zeros(3, 4)
+    assert torch.isfinite(evaluate.estimate_nll(vae, zeros, zeros, 5)).all()
+
+
+def test_active_units_counts_what_varies():
+    vae = VAE(4, 8, 3, encoder_layers=1).requires_grad_(False)
+    vae.latent_z.mu.weight[0] = 0  # a constant mean
+    x = torch.rand(500, 4)
+    hidden = vae.encoder(x)
+    for unit, variance in ((1, 0.008), (2, 0.012)):
+        mean = hidden @ vae.latent_z.mu.weight[unit]
+        vae.latent_z.mu.weight[unit] *= math.sqrt(variance) / mean.std()
+    assert evaluate.count_active_units(vae, x) == 1
+    assert evaluate.count_active_units(vae, x, threshold=0.005) == 2
+
+
+def test_evaluate_is_seeded(trained: VAE, digits: utils.Dataset):
+    images = digits.test_images[:50]
+    first = evaluate.evaluate(trained, images, nll_samples=3, seed=4)
+    assert first == evaluate.evaluate(trained, images, nll_samples=3, seed=4)
+    assert first["nll"] != evaluate.evaluate(trained, images, nll_samples=3, seed=5)["nll"]
+    assert first["num_images"] == 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def picture(figure: "evaluate.Figure", rows: int) -> torch.Tensor:
+    """The tiles of a figure: (rows, columns, 28, 28)."""
+    pixels = torch.tensor(figure.axes[0].images[0].get_array())
+    return pixels.view(rows, 28, -1, 28).transpose(1, 2)
+
+
+def test_reconstructions_show_image_input_and_output(trained: VAE, digits: utils.Dataset):
+    figure = evaluate.draw_reconstructions(trained, digits, "dynamic", "caption")
+    tiles = picture(figure, 3)
+    firsts = digits.test_images[::50].view(10, 28, 28) / 255
+    assert torch.equal(tiles[0], firsts)
+    assert set(tiles[1].unique().tolist()) == {0, 1}
+    torch.testing.assert_close(tiles[2].float(), trained.reconstruct(tiles[1].float()))
+    assert "caption" in figure.axes[0].get_title()
+    tiles = picture(evaluate.draw_reconstructions(trained, digits, "none", ""), 2)
+    torch.testing.assert_close(tiles[1].float(), trained.reconstruct(firsts))
+
+
+def test_interpolations_start_and_end_at_the_images(trained: VAE, digits: utils.Dataset):
+    tiles = picture(evaluate.draw_interpolations(trained, digits, "threshold", ""), 5)
+    lasts = digits.test_images[49::50] / 255
+    torch.testing.assert_close(tiles[:, 0].flatten(1), trained.reconstruct(lasts[:5]))
+    torch.testing.assert_close(tiles[:, -1].flatten(1), trained.reconstruct(lasts[5:]))
+    middle = trained.decode((trained.encode(lasts[:5])[2] + trained.encode(lasts[5:])[2]) / 2)
+    torch.testing.assert_close(tiles[:, 5].flatten(1), middle)
+
+
+def test_manifold_is_the_priors_quantiles(trained: VAE):
+    figure = evaluate.draw_manifold(trained, "", steps=4)
+    tiles = picture(figure, 4)
+    quantile = Normal(0.0, 1.0).icdf
+    for row, column in ((0, 0), (3, 1), (2, 3)):
+        z = quantile(torch.tensor([(column + 0.5) / 4, (3 - row + 0.5) / 4]))  # z_2 grows upwards
+        torch.testing.assert_close(tiles[row, column].flatten(), trained.decode(z))
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert labels == ["-1.2", "-0.3", "0.3", "1.2"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == labels[::-1]
+
+
+@pytest.mark.parametrize("latent_size", [1, 2, 5])
+def test_latent_space_shows_the_posterior_means(latent_size: int, digits: utils.Dataset):
+    vae = VAE(784, 32, latent_size)
+    axes = evaluate.draw_latent_space(vae, digits, "threshold", "").axes[0]
+    points = torch.tensor(axes.collections[0].get_offsets().data).float()
+    mu = vae.encode(digits.test_images / 255)[2].detach()
+    if latent_size == 2:
+        torch.testing.assert_close(points, mu)
+    elif latent_size == 1:
+        torch.testing.assert_close(points[:, :1], mu)
+    else:  # the plane of the largest variance, that of the two largest eigenvalues
+        variances = torch.linalg.eigvalsh(torch.cov(mu.T)).flip(0)
+        torch.testing.assert_close(points.var(0), variances[:2], rtol=1e-3, atol=0)
+        assert f"({variances[0] / variances.sum():.0%}" in axes.get_xlabel()
+    assert len(axes.texts) == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+PICTURES = {"reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png"}
+KEYS = {"neg_elbo", "bce", "kl", "nll", "nll_samples", "active_units", "num_images", "dataset", "binarize"}
+
+
+def save_run(run: Path, model: VAE, **extra: object) -> Path:
+    run.mkdir(parents=True)
+    checkpoint = {"model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "model": model.config}
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint | extra)
+    return run
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+    evaluate.main()
+
+
+def test_command(trained: VAE, digits: utils.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "runs" / "001-a", VAE(784, 4, 3))
+    run = save_run(tmp_path / "runs" / "002-b", trained, options={"dataset": "mnist-5k", "binarize": "threshold"})
+    call(monkeypatch, "--nll-samples", "3", "--seed", "9")
+    assert {path.name for path in run.iterdir()} == PICTURES | {"manifold.png", "metrics.json", "checkpoint.pt"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics.keys() == KEYS
+    expected = evaluate.evaluate(trained, digits.test_images, "threshold", 3, seed=9)
+    assert metrics == expected | {"dataset": "mnist-5k", "binarize": "threshold"}
+    output = capsys.readouterr().out
+    assert f"{metrics['neg_elbo']:.2f} nats per image" in output
+    assert f"{metrics['nll']:.2f} nats per image" in output
+
+    call(monkeypatch, run / "checkpoint.pt", "--nll-samples", "1", "--binarize", "none")
+    assert json.loads((run / "metrics.json").read_text())["binarize"] == "none"
+    assert "not likelihoods" in capsys.readouterr().out
+
+
+def test_command_on_an_original_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: utils.Dataset):
+    vae = VAE(784, 16, 4)
+    kept = {name: vae.config[name] for name in ("input_size", "hidden_size", "latent_size")}
+    path = tmp_path / "vae.pt"
+    torch.save({"model_state_dict": vae.state_dict(), "optimizer_state_dict": {}, "model": kept}, path)
+    call(monkeypatch, path, "--dataset", "mnist-5k", "--nll-samples", "2")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    expected = evaluate.evaluate(vae, digits.test_images, "dynamic", 2)
+    assert {name: metrics[name] for name in expected} == expected
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES | {"metrics.json", "vae.pt"}
+
+
+def test_bad_calls(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "train one" in fails(evaluate.main)
+    assert "nowhere" in fails(evaluate.main, "nowhere")
+    run = save_run(tmp_path / "run", VAE(9, 4, 3))
+    assert "9 values" in fails(evaluate.main, run, "--dataset", "mnist-5k")
+    for option, value in (
+        ("--nll-samples", "0"),
+        ("--nll-samples", "many"),
+        ("--seed", "-1"),
+        ("--device", "cuda"),
+        ("--binarize", "often"),
+        ("--dataset", "imagenet"),
+    ):
+        assert option.strip("-") in fails(evaluate.main, run, option, value).replace("cuda device", "device cuda")
+    (run / "checkpoint.pt").write_bytes(b"PK damaged")
+    assert "damaged" in fails(evaluate.main, run)
+    assert {path.name for path in run.iterdir()} == {"checkpoint.pt"}

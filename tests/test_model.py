@@ -1,0 +1,250 @@
+"""The model and the loss against torch.distributions, closed forms and a network written out by hand."""
+
+import ast
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Bernoulli, Independent, Normal
+from torch.distributions import kl_divergence as reference_kl
+
+from model import (
+    VAE,
+    Decoder,
+    Encoder,
+    LatentZ,
+    bernoulli_log_likelihood,
+    kl_divergence,
+    log_importance_weights,
+    loss_criterion,
+    loss_terms,
+)
+
+PUBLISHED_NAMES = {
+    f"{layer}.{kind}"
+    for layer in ("encoder.fc1", "encoder.fc2", "latent_z.mu", "latent_z.logvar", "decoder.fc1", "decoder.fc2")
+    for kind in ("weight", "bias")
+}
+
+
+def reference_loss(probabilities: torch.Tensor, targets: torch.Tensor, logvar: torch.Tensor, mu: torch.Tensor):
+    """-log p(x|z) + KL of a batch, from torch.distributions."""
+    log_likelihood = Independent(Bernoulli(probabilities), 1).log_prob(targets).sum()
+    posterior = Normal(mu, torch.exp(0.5 * logvar))
+    return reference_kl(posterior, Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum() - log_likelihood
+
+
+def random_terms(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    logits = 3 * torch.randn(7, 30, dtype=dtype)
+    targets = torch.bernoulli(torch.rand(7, 30, dtype=dtype))
+    return logits, targets, torch.randn(7, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+
+
+def test_needs_torch_alone():
+    tree = ast.parse(Path("model.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} == {"math", "torch"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks
+
+
+def test_default_model_is_the_published_one():
+    vae = VAE()
+    state = vae.state_dict()
+    assert set(state) == PUBLISHED_NAMES
+
+    def linear(name: str) -> nn.Linear:
+        layer = nn.Linear(*state[f"{name}.weight"].T.shape)
+        layer.load_state_dict({"weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]})
+        return layer
+
+    hidden = nn.Sequential(linear("encoder.fc1"), nn.ReLU(), linear("encoder.fc2"), nn.ReLU())
+    pixels = nn.Sequential(linear("decoder.fc1"), nn.ReLU(), linear("decoder.fc2"), nn.Sigmoid())
+    x = torch.rand(3, 784)
+    x_hat, logvar, mu, z = vae(x)
+    torch.testing.assert_close(mu, linear("latent_z.mu")(hidden(x)))
+    torch.testing.assert_close(logvar, linear("latent_z.logvar")(hidden(x)))
+    torch.testing.assert_close(x_hat, pixels(z))
+    assert [tuple(t.shape) for t in (x_hat, logvar, mu, z)] == [(3, 784), (3, 20), (3, 20), (3, 20)]
+    assert hidden[0].weight.shape == (512, 784)
+
+
+def test_config_rebuilds_the_model():
+    vae = VAE(16, 8, 3, encoder_layers=3, decoder_layers=2, activation="tanh")
+    twin = VAE(**vae.config)
+    twin.load_state_dict(vae.state_dict())
+    x = torch.rand(2, 16)
+    assert torch.equal(vae.reconstruct(x), twin.reconstruct(x))
+    assert [name for name, _ in vae.encoder.named_children()] == ["fc1", "fc2", "fc3"]
+    assert [name for name, _ in vae.decoder.named_children()] == ["fc1", "fc2", "fc3"]
+
+
+@pytest.mark.parametrize(("activation", "reference"), [("relu", nn.ReLU()), ("tanh", nn.Tanh()), ("silu", nn.SiLU())])
+def test_activation(activation: str, reference: nn.Module):
+    encoder = Encoder(6, 4, num_layers=1, activation=activation)
+    decoder = Decoder(3, 4, 6, activation=activation)
+    x, z = torch.randn(5, 6), torch.randn(5, 3)
+    torch.testing.assert_close(encoder(x), reference(encoder.fc1(x)))
+    torch.testing.assert_close(decoder(z), decoder.fc2(reference(decoder.fc1(z))).sigmoid())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"latent_size": 0}, {"hidden_size": -1}, {"encoder_layers": 1.5}, {"input_size": "784"}, {"activation": "x"}],
+)
+def test_bad_config(bad: dict):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        VAE(**bad)
+
+
+@pytest.mark.parametrize("shape", [(4, 784), (4, 28, 28), (4, 1, 28, 28), (0, 784), (4, 2, 392)])
+def test_images_of_any_shape(shape: tuple):
+    vae, x = VAE(), torch.rand(shape)
+    assert vae(x)[0].shape == (shape[0], 784)
+    assert vae.reconstruct(x).shape == shape
+    torch.testing.assert_close(vae.reconstruct(x).flatten(1), vae.reconstruct(x.flatten(1)))
+
+
+@pytest.mark.parametrize("x", [torch.rand(4, 783), torch.rand(784), torch.rand(4, 28, 29), torch.tensor(1.0)])
+def test_wrong_size(x: torch.Tensor):
+    with pytest.raises(ValueError, match=r"784.*" + str(tuple(x.shape)).replace("(", r"\(").replace(")", r"\)")):
+        VAE()(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_not_float(dtype: torch.dtype):
+    with pytest.raises(ValueError, match=rf"784.*{dtype}.*\(2, 784\)"):
+        VAE()(torch.ones(2, 784, dtype=dtype))
+
+
+def test_sample_decodes_the_prior():
+    vae = VAE(4, 8, 2)
+    images = vae.sample(5)
+    assert images.shape == (5, 4)
+    assert not images.requires_grad
+    torch.manual_seed(3)
+    sampled = vae.sample(5)
+    torch.manual_seed(3)
+    torch.testing.assert_close(sampled, vae.decode(torch.randn(5, 2)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reparameterization trick
+
+
+def test_sample_has_the_posteriors_moments():
+    latent_z = LatentZ(3, 2)
+    hidden = torch.randn(1, 3)
+    n = 200_000
+    z, logvar, mu = latent_z(hidden.expand(n, 3))
+    mean, std = mu[0], torch.exp(0.5 * logvar[0])
+    assert torch.all((z.mean(0) - mean).abs() < 5 * std / math.sqrt(n))
+    assert torch.all((z.var(0) / std**2 - 1).abs() < 5 * math.sqrt(2 / n))
+    assert abs(torch.corrcoef(z.T)[0, 1]) < 5 / math.sqrt(n)
+
+
+def test_gradients_reach_mu_and_logvar():
+    latent_z = LatentZ(3, 2)
+    z, logvar, mu = latent_z(torch.randn(4, 3))
+    d_logvar, d_mu = torch.autograd.grad(z.sum(), (logvar, mu))
+    torch.testing.assert_close(d_mu, torch.ones_like(mu))
+    torch.testing.assert_close(d_logvar, 0.5 * (z - mu))  # d(mu + exp(logvar / 2) eps) / d logvar
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_equals_torch_distributions(dtype: torch.dtype):
+    for _ in range(20):
+        logits, targets, logvar, mu = random_terms(dtype)
+        expected = reference_loss(logits.sigmoid(), targets, logvar, mu)
+        torch.testing.assert_close(loss_criterion(logits.sigmoid(), targets, logvar, mu), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(sum(loss_terms(logits, targets, logvar, mu)), expected, rtol=1e-5, atol=0)
+
+
+def test_loss_terms_are_the_likelihood_and_the_kl():
+    logits, targets, logvar, mu = random_terms()
+    bce, kl = loss_terms(logits, targets, logvar, mu)
+    log_likelihood = Independent(Bernoulli(logits=logits), 1).log_prob(targets)
+    torch.testing.assert_close(bernoulli_log_likelihood(logits, targets), log_likelihood)
+    torch.testing.assert_close(bce, -log_likelihood.sum())
+    expected = reference_kl(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_divergence(logvar, mu), expected)
+    torch.testing.assert_close(kl, expected.sum())
+
+
+def test_loss_takes_images_as_targets():
+    x = torch.rand(2, 1, 4, 4)
+    logits, logvar, mu = torch.randn(2, 16), torch.randn(2, 3), torch.randn(2, 3)
+    assert loss_criterion(logits.sigmoid(), x, logvar, mu) == loss_criterion(logits.sigmoid(), x.flatten(1), logvar, mu)
+    assert loss_terms(logits, x, logvar, mu) == loss_terms(logits, x.flatten(1), logvar, mu)
+
+
+def test_gradcheck():
+    logits, targets, logvar, mu = (t.requires_grad_() for t in random_terms(torch.float64))
+    targets = targets.detach()
+    probabilities = logits.detach().sigmoid().requires_grad_()
+    assert torch.autograd.gradcheck(lambda p, lv, m: loss_criterion(p, targets, lv, m), (probabilities, logvar, mu))
+    assert torch.autograd.gradcheck(lambda s, lv, m: loss_terms(s, targets, lv, m), (logits, logvar, mu))
+
+
+@pytest.mark.parametrize("logit", [-1e4, 1e4])
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_extreme_logits(logit: float, pixel: float):
+    logits = torch.full((1, 784), logit, requires_grad=True)
+    bce, _ = loss_terms(logits, torch.full((1, 784), pixel), torch.zeros(1, 2), torch.zeros(1, 2))
+    assert bce == (784 * 1e4 if (logit > 0) != (pixel > 0) else 0)
+    bce.backward()
+    assert torch.isfinite(logits.grad).all()
+    z = torch.zeros(1, 2)
+    assert torch.isfinite(loss_criterion(logits.sigmoid(), torch.full((1, 784), pixel), z, z))
+
+
+def test_bfloat16_sums_keep_their_digits():
+    logits, targets, logvar, mu = (t.bfloat16() for t in random_terms())
+    expected = sum(loss_terms(logits.float(), targets.float(), logvar.float(), mu.float()))
+    assert sum(loss_terms(logits, targets, logvar, mu)) == expected
+
+
+def test_importance_weights_equal_torch_distributions():
+    decoder = Decoder(3, 8, 12)
+    targets, logvar, mu, eps = torch.rand(5, 12).round(), torch.randn(5, 3), torch.randn(5, 3), torch.randn(7, 5, 3)
+    posterior = Normal(mu, torch.exp(0.5 * logvar))
+    z = posterior.mean + posterior.stddev * eps
+    log_likelihood = Bernoulli(decoder(z)).log_prob(targets).sum(-1)
+    expected = log_likelihood + (Normal(0.0, 1.0).log_prob(z) - posterior.log_prob(z)).sum(-1)
+    torch.testing.assert_close(log_importance_weights(decoder, targets, logvar, mu, eps), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile and other types
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_model_agrees(device: str, dtype: torch.dtype):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    vae = VAE(16, 8, 2).to(device, dtype)
+    x = torch.rand(5, 1, 4, 4, device=device, dtype=dtype).round()
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        x_hat, logvar, mu, z = model(x)
+        torch.testing.assert_close(vae.decode(z), x_hat)  # the draws of z differ
+        return sum(loss_terms(vae.decoder.logits(mu), x, logvar, mu))
+
+    compiled = torch.compile(vae, fullgraph=True)
+    torch.testing.assert_close(loss(compiled), loss(vae))
+    loss(compiled).backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in vae.parameters())
