@@ -1,0 +1,25 @@
+"""The README's Python examples run, and what it names is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path("README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_files_it_names_exist():
+    named = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", README)
+    for link in filter(None, (a or b for a, b in named)):
+        assert Path(link).exists(), link
