@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def compute_elbo(model: VAE, inputs: Tensor, targets: Tensor, batch_size: int = 1000) -> dict[str, float]:
-    """The negative ELBO and its two terms, with one z an image: inputs and targets (N, D) -> nats per image."""
-    bce = kl = 0.0
+def elbo_terms(model: VAE, inputs: Tensor, targets: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+    """The negative ELBO's terms, with one z an image: inputs and targets (N, D) -> BCE (N,) and KL (N, latent)."""
+    bces, kls = [], []
     for x, target in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         z, logvar, mu = model.encode(x)
-        bce -= bernoulli_log_likelihood(model.decoder.logits(z), target).sum().item()
-        kl += kl_divergence(logvar, mu).sum().item()
-    return {"neg_elbo": (bce + kl) / len(inputs), "bce": bce / len(inputs), "kl": kl / len(inputs)}
+        bces.append(-bernoulli_log_likelihood(model.decoder.logits(z), target))
+        kls.append(kl_divergence(logvar, mu))
+    return torch.cat(bces), torch.cat(kls)
 
 
 @torch.no_grad()
@@ -59,34 +59,46 @@ def estimate_nll(
     posteriors = [model.encode(x)[1:] for x in inputs.split(batch_size)]
     logvar, mu = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
     generator = torch.Generator(mu.device).manual_seed(seed)
-    log_sums = torch.full((len(inputs),), -math.inf, device=mu.device)  # of the weights so far
+    total = torch.full((len(inputs),), -math.inf, device=mu.device)  # log of the sum of the weights so far
     with tqdm(total=num_samples, desc="nll", unit=" samples", leave=False, disable=None) as progress:
         for chunk in torch.arange(num_samples).split(10):
             eps = torch.randn(len(chunk), *mu.shape, generator=generator, device=mu.device)
-            for i in torch.arange(len(inputs), device=mu.device).split(batch_size):
+            for start in range(0, len(inputs), batch_size):
+                i = slice(start, start + batch_size)
                 log_weights = log_importance_weights(model.decoder, targets[i], logvar[i], mu[i], eps[:, i])
-                log_sums[i] = log_sums[i].logaddexp(log_weights.logsumexp(0))
+                total[i] = torch.logaddexp(total[i], log_weights.logsumexp(0))
             progress.update(len(chunk))
-    return math.log(num_samples) - log_sums
+    return math.log(num_samples) - total
 
 
 @torch.no_grad()
-def count_active_units(model: VAE, inputs: Tensor, threshold: float = 0.01) -> int:
-    """The latents whose posterior mean varies over the data by more than threshold (Burda et al. 2016)."""
-    return int((model.encode(inputs)[2].var(0) > threshold).sum())
+def is_active(model: VAE, inputs: Tensor, threshold: float = 0.01) -> Tensor:
+    """(latent,) bools: does the posterior mean vary over the data by more than threshold? (Burda et al. 2016)"""
+    return model.encode(inputs)[2].var(0) > threshold
 
 
 def evaluate(
     model: VAE, images: Tensor, binarize: str = "dynamic", nll_samples: int = 100, seed: int = 0
 ) -> dict[str, Any]:
-    """All metrics of a model on uint8 images (N, input_size) that are on its device. Reseeds PyTorch."""
+    """All metrics of a model on uint8 images (N, input_size) that are on its device. Reseeds PyTorch.
+
+    In nats per image; a name with _se is the standard error over the images.
+    """
     torch.manual_seed(seed)
     inputs, targets = utils.binarize_test_set(images, binarize)
+    bce, kl = elbo_terms(model, inputs, targets)
+    neg_elbo = bce + kl.sum(1)
+    nll = estimate_nll(model, inputs, targets, nll_samples, seed)
     return {
-        **compute_elbo(model, inputs, targets),
-        "nll": estimate_nll(model, inputs, targets, nll_samples, seed).mean().item(),
+        "neg_elbo": neg_elbo.mean().item(),
+        "neg_elbo_se": neg_elbo.std().item() / math.sqrt(len(images)),
+        "bce": bce.mean().item(),
+        "kl": kl.sum(1).mean().item(),
+        "kl_per_latent": kl.mean(0).tolist(),
+        "nll": nll.mean().item(),
+        "nll_se": nll.std().item() / math.sqrt(len(images)),
         "nll_samples": nll_samples,
-        "active_units": count_active_units(model, inputs),
+        "active_units": int(is_active(model, inputs).sum()),
         "num_images": len(images),
     }
 
@@ -130,10 +142,11 @@ def draw_interpolations(model: VAE, dataset: Dataset, binarize: str, caption: st
         start, end = model.encode(inputs)[2].view(len(pairs), 2, 1, -1).unbind(1)
         z = torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device)[:, None])
         images = model.decode(z).flatten(0, 1)
-    figure, axes = _new_figure(steps, len(pairs), f"Walks between test images in latent space\n{caption}")
+    figure, axes = _new_figure(steps, len(pairs), f"Decoded walks between test images' posterior means\n{caption}")
     _show_tiles(axes, images, len(pairs))
     names = [f"{dataset.classes[a]} to {dataset.classes[b]}" for a, b in pairs]
     _label_tiles(axes, rows=names, columns=[f"{step / (steps - 1):.1f}" for step in range(steps)])
+    axes.set_xlabel("share of the way")
     return figure
 
 
@@ -151,18 +164,38 @@ def draw_latent_space(model: VAE, dataset: Dataset, binarize: str, caption: str)
         mu = centred @ directions[:2].T
         shares = singular_values**2 / (singular_values**2).sum()
         names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
-    elif mu.shape[1] == 1:
-        mu, names = torch.cat([mu, torch.zeros_like(mu)], 1), [*names, ""]
+    labels = dataset.test_labels.cpu()
+    if mu.shape[1] == 1:
+        mu, names = torch.cat([mu, labels[:, None]], 1), [*names, "class"]
 
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
     colors = matplotlib.color_sequences["petroff10"]  # told apart by the colour-blind too (arXiv 2107.02270)
-    labels = dataset.test_labels.cpu()
     axes.scatter(*mu.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
     for label, (name, color) in enumerate(zip(dataset.classes, colors, strict=True)):
-        box = {"boxstyle": "round,pad=0.2", "facecolor": color, "edgecolor": "white"}
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": color, "linewidth": 2}
         middle = mu[labels == label].median(0).values.tolist()
-        axes.annotate(name, middle, ha="center", va="center", color="white", weight="bold", bbox=box)
+        axes.annotate(name, middle, ha="center", va="center", bbox=box)
     axes.set(xlabel=names[0], ylabel=names[1])
+    return figure
+
+
+def draw_latent_usage(model: VAE, dataset: Dataset, binarize: str, caption: str) -> "Figure":
+    """The mean KL of each latent dimension over the test images, sorted: what the encoder says through each."""
+    inputs, targets = utils.binarize_test_set(dataset.test_images, binarize)
+    kl = elbo_terms(model, inputs, targets)[1].mean(0).cpu()
+    order = kl.argsort(descending=True)
+    active = is_active(model, inputs).cpu()[order]
+    figure, axes = _new_figure(
+        max(8, 0.4 * len(kl)), 6, f"KL of each latent dimension, over the test images\n{caption}"
+    )
+    bars = {"active": ("#3f90da", active), "not active": ("#94a4a2", ~active)}
+    positions = torch.arange(len(kl))
+    for name, (color, chosen) in bars.items():
+        label = f"{name}: {int(chosen.sum())}"
+        axes.bar(positions[chosen].tolist(), kl[order][chosen].tolist(), color=color, label=label)
+    axes.set_xticks(positions.tolist(), [str(int(i) + 1) for i in order], fontsize=7)
+    axes.set(xlabel="latent dimension, by its KL", ylabel="KL, nats per image", xlim=(-0.6, len(kl) - 0.4))
+    axes.legend(frameon=False)
     return figure
 
 
@@ -181,6 +214,12 @@ def draw_manifold(model: VAE, caption: str, steps: int = 20) -> "Figure":
     return figure
 
 
+def describe(dataset: str, binarize: str, model: VAE, epoch: int | None) -> str:
+    """The pictures' caption: what was trained on what."""
+    after = "" if epoch is None else f", epoch {epoch}"
+    return f"{dataset}, binarize {binarize}, latent size {model.config['latent_size']}{after}"
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as PNG, atomically. Raises OSError."""
     buffer = io.BytesIO()
@@ -194,6 +233,7 @@ def draw_all(model: VAE, dataset: Dataset, binarize: str, caption: str) -> Itera
     yield "prior_samples.png", draw_prior_samples(model, caption)
     yield "interpolations.png", draw_interpolations(model, dataset, binarize, caption)
     yield "latent_space.png", draw_latent_space(model, dataset, binarize, caption)
+    yield "latent_usage.png", draw_latent_usage(model, dataset, binarize, caption)
     if model.config["latent_size"] == 2:
         yield "manifold.png", draw_manifold(model, caption)
 
@@ -230,9 +270,7 @@ def parse_args() -> argparse.Namespace:
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", help="run folder or checkpoint file (default: the newest run in runs/)")
     parser.add_argument("--dataset", choices=utils.DATASETS, help="test set (default: the run's, else auto)")
-    parser.add_argument(
-        "--data-dir", default="data", help="where data sets are read and downloaded (default: %(default)s)"
-    )
+    parser.add_argument("--data-dir", help="where data sets are read and downloaded (default: the run's, else data)")
     parser.add_argument(
         "--binarize", choices=utils.BINARIZE, help="input and target (default: the run's, else dynamic)"
     )
@@ -240,12 +278,15 @@ def parse_args() -> argparse.Namespace:
         "--nll-samples", type=int, default=100, help="importance samples an image (default: %(default)s)"
     )
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
+    parser.add_argument(
+        "--out-dir", help="where metrics.json and the pictures are written (default: beside the checkpoint)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: %(default)s)")
     args = parser.parse_args()
-    if args.nll_samples < 1:
-        raise UserError(f"--nll-samples must be a whole number above 0, not {args.nll_samples}")
-    if args.seed < 0:
-        raise UserError(f"--seed must be a whole number, 0 or above, not {args.seed}")
+    if not 0 < args.nll_samples < 2**31:
+        raise UserError(f"--nll-samples must be a whole number from 1 to 2^31, not {args.nll_samples}")
+    if not 0 <= args.seed <= 2**40:
+        raise UserError(f"--seed must be a whole number from 0 to 2^40, not {args.seed}")
     return args
 
 
@@ -253,40 +294,41 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = utils.choose_device(args.device)
-    path = utils.checkpoint_path(args.run or utils.newest_run("runs"))
+    path = utils.checkpoint_path(utils.newest_run("runs") if args.run is None else args.run)
     model, checkpoint = utils.load_checkpoint(path)
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = args.binarize or options.get("binarize", "dynamic")
-    dataset = utils.load_dataset(args.dataset or options.get("dataset", "auto"), args.data_dir)
+    data_dir = args.data_dir or options.get("data_dir", "data")
+    dataset = utils.load_dataset(args.dataset or options.get("dataset", "auto"), data_dir)
     if model.config["input_size"] != dataset.test_images.shape[1]:
         sizes = f"{model.config['input_size']} values an image, {dataset.name} has {dataset.test_images.shape[1]}"
         raise UserError(f"{path} is a model of {sizes}")
+    out_dir = Path(args.out_dir or path.parent)
+    out_dir.mkdir(parents=True, exist_ok=True)
 
     dataset = dataset.to(device)
     model = model.to(device)
     metrics = evaluate(model, dataset.test_images, binarize, args.nll_samples, args.seed)
     metrics |= {"dataset": dataset.name, "binarize": binarize}
-    print_metrics(metrics, path)
-    utils.write_atomically(path.with_name("metrics.json"), (json.dumps(metrics, indent=2) + "\n").encode())
-    caption = f"{dataset.name}, {model.config['latent_size']} latents"
-    if "epoch" in checkpoint:
-        caption += f", epoch {checkpoint['epoch']}"
+    caption = describe(dataset.name, binarize, model, checkpoint.get("epoch"))
+    print_metrics(metrics, f"{path}: {caption}")
+    utils.write_atomically(out_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     for name, figure in draw_all(model, dataset, binarize, caption):
-        save_figure(figure, path.with_name(name))
-        print(f"wrote {path.with_name(name)}")
+        save_figure(figure, out_dir / name)
+        print(f"wrote {out_dir / name}")
 
 
-def print_metrics(metrics: dict[str, Any], path: Path) -> None:
-    print(f"{path}: {metrics['num_images']:,} test images of {metrics['dataset']}, binarize {metrics['binarize']}")
+def print_metrics(metrics: dict[str, Any], title: str) -> None:
+    print(f"{title}; {metrics['num_images']:,} test images")
     if metrics["binarize"] == "none":
         print(
             "Targets are gray: the figures below are cross-entropies, not likelihoods, and compare with no other mode"
         )
-    print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image")
+    print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
     print(f"    bce         {metrics['bce']:8.2f}")
     print(f"    kl          {metrics['kl']:8.2f}")
-    print(f"  nll           {metrics['nll']:8.2f} nats per image, {metrics['nll_samples']} importance samples")
-    print(f"  active_units  {metrics['active_units']:8d} latents")
+    print(f"  nll           {metrics['nll']:8.2f} nats per image, {metrics['nll_samples']:,} importance samples")
+    print(f"  active_units  {metrics['active_units']:8d} of {len(metrics['kl_per_latent'])} latents")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,15 @@ def log_importance_weights(decoder: Decoder, targets: Tensor, logvar: Tensor, mu
     return bernoulli_log_likelihood(decoder.logits(z), targets) + log_prior_over_posterior
 
 
+def nll_from_log_weights(log_weights: Tensor) -> Tensor:
+    """The estimate of -log p(x) from K importance weights an image: (K, B) -> (B,), in nats.
+
+    In expectation an upper bound: the negative ELBO at K = 1, and tighter as K grows (Burda et al. 2016, theorem 1).
+    Minimized, it is the IWAE's loss.
+    """
+    return math.log(log_weights.shape[0]) - log_weights.logsumexp(0)
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     """Sums over pixels need more than the 8 bits of bfloat16; float64 stays what it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

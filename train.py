@@ -26,7 +26,7 @@ try:
 
     import evaluate
     import utils
-    from model import ACTIVATIONS, VAE, loss_terms
+    from model import ACTIVATIONS, VAE, log_importance_weights, loss_terms, nll_from_log_weights
     from utils import Dataset, UserError
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -37,7 +37,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LR_SCHEDULES = ("constant", "cosine")
+LR_SCHEDULES = ("constant", "cosine", "burda2016")
+OBJECTIVES = ("elbo", "iwae")
 
 
 def train(
@@ -55,6 +56,11 @@ def train(
     decoder_layers: int = 1,
     activation: str = "relu",
     binarize: str = "dynamic",
+    objective: str = "elbo",
+    importance_samples: int = 1,
+    adam_eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    average: bool = True,
     device: str = "auto",
     seed: int = 0,
     out_dir: str = "runs",
@@ -62,9 +68,9 @@ def train(
     """Trains a new model; the arguments are the command's options, and their defaults the command's.
 
     Returns the model, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a bad
-    value, and OSError where the run folder can't be written. Seeds PyTorch's generators.
+    value, and OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
     """
-    options = dict(locals())
+    options = dict(locals()) | {"data_dir": str(data_dir), "out_dir": str(out_dir)}
     check_options(options)
     flush_denormals()
     data = utils.load_dataset(dataset, data_dir)
@@ -88,15 +94,19 @@ def resume(
     """
     flush_denormals()
     path = utils.checkpoint_path(run)
+    if path.name != "checkpoint.pt":
+        raise UserError(f"--resume goes on in a run folder, whose checkpoint.pt it replaces: {path} is not one")
     model, checkpoint = utils.load_checkpoint(path)
     changes = {"epochs": epochs, "data_dir": data_dir, "device": device}
     try:
         options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
         check_options(options)
-        if checkpoint["epoch"] != len(checkpoint["history"]):
+        if checkpoint["epoch"] != len(checkpoint["history"]) or any(
+            type(row) is not dict for row in checkpoint["history"]
+        ):
             raise ValueError("its epochs and its history differ")
         copy.deepcopy(model).load_state_dict(checkpoint["training_weights"])
-        torch.optim.Adam(model.parameters()).load_state_dict(checkpoint["optimizer_state_dict"])
+        torch.optim.AdamW(model.parameters()).load_state_dict(checkpoint["optimizer_state_dict"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} cannot be resumed, only evaluated: its training state is damaged or missing"
@@ -114,21 +124,29 @@ def check_options(options: dict[str, Any]) -> None:
         if not is_good:
             raise UserError(f"--{name.replace('_', '-')} must be {requirement}, not {options[name]}")
 
-    for name in ("epochs", "batch_size", "hidden_size", "latent_size", "encoder_layers", "decoder_layers"):
+    counts = ("epochs", "batch_size", "hidden_size", "latent_size", "encoder_layers", "decoder_layers")
+    for name in (*counts, "importance_samples"):
         is_default = name == "epochs" and options[name] is None
-        check(name, "a whole number above 0", is_default or (type(options[name]) is int and options[name] > 0))
-    for name in ("beta", "kl_warmup"):
-        check(name, "a number, 0 or above", math.isfinite(options[name]) and options[name] >= 0)
-    check("lr", "a number above 0", math.isfinite(options["lr"]) and options["lr"] > 0)
+        check(name, "a whole number above 0", is_default or (type(options[name]) is int and 0 < options[name] < 2**31))
+    for name in ("lr", "beta", "kl_warmup", "adam_eps", "weight_decay"):
+        check(name, "a number, 0 or above", type(options[name]) in (int, float) and 0 <= options[name] < math.inf)
+    check("lr", "above 0", options["lr"] > 0)
     check("seed", "a whole number from 0 to 2^40", type(options["seed"]) is int and 0 <= options["seed"] <= 2**40)
     choices = {
         "dataset": utils.DATASETS,
         "lr_schedule": LR_SCHEDULES,
         "activation": ACTIVATIONS,
+        "binarize": utils.BINARIZE,
+        "objective": OBJECTIVES,
         "device": utils.DEVICES,
     }
-    for name, values in (choices | {"binarize": utils.BINARIZE}).items():
+    for name, values in choices.items():
         check(name, f"one of {', '.join(values)}", options[name] in values)
+    check("average", "True or False", type(options["average"]) is bool)
+    if options["objective"] == "elbo" and options["importance_samples"] > 1:
+        raise UserError("--importance-samples is for --objective iwae")
+    if options["objective"] == "iwae" and (options["beta"] != 1 or options["kl_warmup"] > 0):
+        raise UserError("--beta and --kl-warmup are for --objective elbo: iwae has no KL to weigh")
     utils.choose_device(options["device"])
 
 
@@ -145,50 +163,53 @@ def flush_denormals() -> None:
 # The training loop
 
 
-def _fit(model: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> tuple[VAE, list[dict[str, Any]], Path]:
+def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> tuple[VAE, list[dict[str, Any]], Path]:
     """Trains from a checkpoint's state to its options' number of epochs, and saves all after each epoch."""
     options, history, first = checkpoint["options"], checkpoint["history"], checkpoint["epoch"] + 1
 
     # Set up: the weights that Adam changes, and their running average, which is what is evaluated and kept
     device = utils.choose_device(options["device"])
     data = data.to(device)
-    average = model.to(device)
-    model = copy.deepcopy(average)
+    average = average.to(device).requires_grad_(False)
+    model = copy.deepcopy(average).requires_grad_(True)
     model.load_state_dict(checkpoint["training_weights"])
-    average.requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], fused=True)
+    decay, eps = options["weight_decay"], options["adam_eps"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], eps=eps, weight_decay=decay, fused=True)
     if "optimizer_state_dict" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     else:
-        save(run, average, model, optimizer, options, history)
+        try:
+            save(run, average, model, optimizer, options, history)
+        except BaseException:
+            run.rmdir()
+            raise
     test_inputs, test_targets = utils.binarize_test_set(data.test_images, options["binarize"])
     num_weights = sum(weight.numel() for weight in model.parameters())
     num_images = len(data.train_images)
     print(f"{data.name}: {num_images:,} training images; {num_weights:,} weights on {device}; writing to {run}")
 
     # Train
-    with tqdm(total=options["epochs"] * num_images, unit=" images", unit_scale=True, disable=None) as progress:
-        progress.update((first - 1) * num_images)
-        for epoch in range(first, options["epochs"] + 1):
-            started = time.perf_counter()
-            train_loss = train_epoch(model, average, optimizer, data.train_images, epoch, options, progress)
-            seconds = time.perf_counter() - started
-            test = evaluate.compute_elbo(average, test_inputs, test_targets)
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "test_loss": test["neg_elbo"],
-                    "test_bce": test["bce"],
-                    "test_kl": test["kl"],
-                    "images_per_second": num_images / seconds,
-                    "seconds": seconds,
-                }
-            )
-            save(run, average, model, optimizer, options, history)
-            tqdm.write(epoch_line(history[-1], options))
-            if epoch == options["epochs"] or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
-                draw(run, average, data, options, history)
+    total, done = options["epochs"] * num_images, (first - 1) * num_images
+    try:
+        with tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None) as progress:
+            for epoch in range(first, options["epochs"] + 1):
+                started = time.perf_counter()
+                train_loss = train_epoch(model, average, optimizer, data.train_images, epoch, options, progress)
+                seconds = time.perf_counter() - started
+                row = {"epoch": epoch, "train_loss": train_loss, **test_losses(average, test_inputs, test_targets)}
+                row |= {"images_per_second": num_images / seconds, "seconds": seconds}
+                if not all(map(math.isfinite, row.values())):
+                    losses = f"{train_loss} in training, {row['test_loss']} in the test, in epoch {epoch}"
+                    raise UserError(
+                        f"not finite: the loss is {losses}. Try a smaller --lr. {run} holds epoch {epoch - 1}"
+                    )
+                history.append(row)
+                save(run, average, model, optimizer, options, history)
+                tqdm.write(epoch_line(row, options))
+                if epoch == options["epochs"] or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
+                    draw(run, average, data, options, history)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: python train.py --resume {run} goes on") from None
     return average, history, run
 
 
@@ -201,37 +222,46 @@ def train_epoch(
     options: dict[str, Any],
     progress: tqdm,
 ) -> float:
-    """One pass over the images (N, 784) uint8 in a new order -> the negative ELBO, in nats per image.
-
-    Raises UserError where the loss is not finite.
-    """
+    """One pass over the images (N, 784) uint8 in a new order -> the mean bound on -log p(x), in nats per image."""
     utils.seed_epoch(options["seed"], epoch)
-    neg_elbo = torch.zeros((), device=images.device)  # stays there until the epoch ends
+    total = torch.zeros((), device=images.device)  # stays there until the epoch ends
     batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])
     for i, batch in enumerate(batches):
         done = epoch - 1 + i / len(batches)  # in epochs
         inputs, targets = utils.binarize(images[batch], options["binarize"])
         z, logvar, mu = model.encode(inputs)
-        bce, kl = loss_terms(model.decoder.logits(z), targets, logvar, mu)
+        if options["objective"] == "iwae":
+            eps = torch.randn(options["importance_samples"], *mu.shape, device=images.device)
+            loss = bound = nll_from_log_weights(log_importance_weights(model.decoder, targets, logvar, mu, eps)).sum()
+        else:
+            bce, kl = loss_terms(model.decoder.logits(z), targets, logvar, mu)
+            loss, bound = bce + kl_weight(done, options) * kl, bce + kl
 
         optimizer.zero_grad()
-        (bce + kl_weight(done, options) * kl).backward()
+        loss.backward()
         optimizer.param_groups[0]["lr"] = learning_rate(done, options)
         optimizer.step()
-        update_average(average, model, step=(epoch - 1) * len(batches) + i)
+        update_average(average, model, step=(epoch - 1) * len(batches) + i, options=options)
 
-        neg_elbo += (bce + kl).detach()
+        total += bound.detach()
         progress.update(len(batch))
-    loss = neg_elbo.item() / len(images)
-    if not math.isfinite(loss):
-        raise UserError(f"the loss became {loss} in epoch {epoch}: try a smaller --lr. The epoch before it is saved")
-    return loss
+    return total.item() / len(images)
+
+
+def test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """The negative ELBO and its terms on the test set, in nats per image."""
+    bce, kl = evaluate.elbo_terms(model, inputs, targets)
+    bce, kl = bce.mean().item(), kl.sum(1).mean().item()
+    return {"test_loss": bce + kl, "test_bce": bce, "test_kl": kl}
 
 
 def learning_rate(done: float, options: dict[str, Any]) -> float:
     """Adam's step size after `done` epochs."""
     if options["lr_schedule"] == "cosine":
         return options["lr"] * 0.5 * (1 + math.cos(math.pi * done / options["epochs"]))
+    if options["lr_schedule"] == "burda2016":  # a factor of 10^(-1/7) after 1, 1 + 3, 1 + 3 + 9, ... epochs
+        i = next(i for i in range(99) if done < (3 ** (i + 1) - 1) / 2)
+        return options["lr"] * 10 ** (-i / 7)
     return options["lr"]
 
 
@@ -241,14 +271,15 @@ def kl_weight(done: float, options: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def update_average(average: VAE, model: VAE, step: int, eta: float = 9) -> None:
-    """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824).
+def update_average(average: VAE, model: VAE, step: int, options: dict[str, Any], eta: float = 9) -> None:
+    """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824); a copy without options.average.
 
     Does what a falling learning rate does, without having to know when training ends: the average leans on the last
     tenth or so of all steps, however many there were.
     """
+    share = (eta + 1) / (step + 1 + eta) if options["average"] else 1.0
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, (eta + 1) / (step + 1 + eta))
+        mean.lerp_(weight, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,7 +318,7 @@ def epoch_line(row: dict[str, float], options: dict[str, Any]) -> str:
 
 def draw(run: Path, model: VAE, data: Dataset, options: dict[str, Any], history: list) -> None:
     """Writes the pictures that show how far the run has come."""
-    caption = f"{data.name}, {options['latent_size']} latents, epoch {len(history)}"
+    caption = evaluate.describe(data.name, options["binarize"], model, len(history))
     evaluate.save_figure(draw_curves(history, caption), run / "curves.png")
     evaluate.save_figure(
         evaluate.draw_reconstructions(model, data, options["binarize"], caption), run / "reconstructions.png"
@@ -298,7 +329,7 @@ def draw(run: Path, model: VAE, data: Dataset, options: dict[str, Any], history:
 def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
     """Training and test loss over the epochs, and the test loss's two terms."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     figure.suptitle(f"Training curves: {caption}", fontsize=10)
@@ -311,10 +342,13 @@ def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for (column, label), color in zip(columns.items(), ("#ffa90e", "#3f90da")[-len(columns) :], strict=True):
             axes.plot(epochs, [row[column] for row in history], marker=".", color=color, label=label)
-        axes.set(title=title, xlabel="epoch", ylabel="nats per image", xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.xaxis.set_minor_formatter("")
+        axes.set(title=title, xlabel="epoch", ylabel="nats per image")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        if len(history) > 10:  # most happens in the first epochs
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
     return figure
@@ -340,7 +374,7 @@ def parse_args() -> argparse.Namespace:
     option("batch_size", "images a step", type=int, metavar="N")
     option("lr", "Adam's step size", type=float, metavar="X")
     option("lr_schedule", "cosine falls to 0 at the last epoch", choices=LR_SCHEDULES)
-    option("beta", "weight of the KL", type=float, metavar="X")
+    option("beta", "weight of the KL in training; the losses printed have it at 1", type=float, metavar="X")
     option("kl_warmup", "epochs over which the weight of the KL rises from 0", type=float, metavar="X")
     option("hidden_size", "width of the hidden layers", type=int, metavar="N")
     option("latent_size", "dimensions of z", type=int, metavar="N")
@@ -352,6 +386,11 @@ def parse_args() -> argparse.Namespace:
         "dynamic: sampled pixels; threshold: gray input, black and white target; none: gray",
         choices=utils.BINARIZE,
     )
+    option("objective", "the bound that is trained on: the ELBO, or Burda et al.'s (2016)", choices=OBJECTIVES)
+    option("importance_samples", "draws of z an image for --objective iwae", type=int, metavar="K")
+    option("adam_eps", "Adam's epsilon, to be compared with gradients summed over the batch", type=float, metavar="X")
+    option("weight_decay", "decoupled weight decay, as in AdamW", type=float, metavar="X")
+    option("average", "evaluate and keep a running average of the weights", action=argparse.BooleanOptionalAction)
     option("device", "auto is the first of cuda, mps and cpu that is there", choices=utils.DEVICES)
     option("seed", "of all that is random", type=int, metavar="N")
     option("out_dir", "where run folders are made", metavar="DIR")

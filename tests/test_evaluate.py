@@ -40,22 +40,20 @@ def trained(digits: utils.Dataset) -> VAE:
 def test_elbo_equals_torch_distributions(trained: VAE, digits: utils.Dataset):
     inputs, targets = utils.binarize_test_set(digits.test_images, "threshold")
     torch.manual_seed(1)
-    figures = evaluate.compute_elbo(trained, inputs, targets)
+    bce, kl = evaluate.elbo_terms(trained, inputs, targets)
     torch.manual_seed(1)
     x_hat, logvar, mu, _ = trained(inputs)
-    bce = -Bernoulli(x_hat).log_prob(targets).sum(1).mean()
-    kl = torch.distributions.kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).sum(1).mean()
-    assert figures["bce"] == pytest.approx(bce.item(), rel=1e-5)
-    assert figures["kl"] == pytest.approx(kl.item(), rel=1e-5)
-    assert figures["neg_elbo"] == pytest.approx((bce + kl).item(), rel=1e-5)
+    torch.testing.assert_close(bce, -Bernoulli(x_hat).log_prob(targets).sum(1))
+    posterior = Normal(mu, torch.exp(0.5 * logvar))
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(posterior, Normal(0.0, 1.0)))
 
 
 def test_elbo_in_batches(trained: VAE, digits: utils.Dataset):
     inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
-    whole = evaluate.compute_elbo(trained, inputs, targets, batch_size=500)
-    parts = evaluate.compute_elbo(trained, inputs, targets, batch_size=77)
-    assert parts["kl"] == pytest.approx(whole["kl"])
-    assert parts["neg_elbo"] == pytest.approx(whole["neg_elbo"], abs=1)  # other draws of z
+    whole_bce, whole_kl = evaluate.elbo_terms(trained, inputs, targets, batch_size=500)
+    bce, kl = evaluate.elbo_terms(trained, inputs, targets, batch_size=77)
+    torch.testing.assert_close(kl, whole_kl)
+    assert bce.mean() == pytest.approx(whole_bce.mean(), abs=1)  # other draws of z
 
 
 def test_nll_equals_the_integral_over_a_grid(trained: VAE, digits: utils.Dataset):
@@ -80,7 +78,8 @@ def test_nll_equals_the_integral_over_a_grid(trained: VAE, digits: utils.Dataset
 def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: utils.Dataset):
     inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
     nll = torch.stack([evaluate.estimate_nll(trained, inputs, targets, 1, seed).mean() for seed in range(40)])
-    elbo = torch.tensor([evaluate.compute_elbo(trained, inputs, targets)["neg_elbo"] for _ in range(40)])
+    terms = [evaluate.elbo_terms(trained, inputs, targets) for _ in range(40)]
+    elbo = torch.stack([(bce + kl.sum(1)).mean() for bce, kl in terms])
     standard_error = ((nll.var() + elbo.var()) / 40).sqrt()
     assert (nll.mean() - elbo.mean()).abs() < 4 * standard_error
     assert standard_error < 0.2
@@ -102,7 +101,7 @@ def test_nll_of_extreme_logits_is_finite():
     assert torch.isfinite(evaluate.estimate_nll(vae, zeros, zeros, 5)).all()
 
 
-def test_active_units_counts_what_varies():
+def test_active_units_are_those_that_vary():
     vae = VAE(4, 8, 3, encoder_layers=1).requires_grad_(False)
     vae.latent_z.mu.weight[0] = 0  # a constant mean
     x = torch.rand(500, 4)
@@ -110,8 +109,8 @@ def test_active_units_counts_what_varies():
     for unit, variance in ((1, 0.008), (2, 0.012)):
         mean = hidden @ vae.latent_z.mu.weight[unit]
         vae.latent_z.mu.weight[unit] *= math.sqrt(variance) / mean.std()
-    assert evaluate.count_active_units(vae, x) == 1
-    assert evaluate.count_active_units(vae, x, threshold=0.005) == 2
+    assert evaluate.is_active(vae, x).tolist() == [False, False, True]
+    assert evaluate.is_active(vae, x, threshold=0.005).tolist() == [False, True, True]
 
 
 def test_evaluate_is_seeded(trained: VAE, digits: utils.Dataset):
@@ -120,6 +119,18 @@ def test_evaluate_is_seeded(trained: VAE, digits: utils.Dataset):
     assert first == evaluate.evaluate(trained, images, nll_samples=3, seed=4)
     assert first["nll"] != evaluate.evaluate(trained, images, nll_samples=3, seed=5)["nll"]
     assert first["num_images"] == 50
+    assert first["neg_elbo"] == pytest.approx(first["bce"] + first["kl"])
+    assert first["kl"] == pytest.approx(sum(first["kl_per_latent"]))
+
+
+def test_standard_error_is_that_of_the_images(trained: VAE, digits: utils.Dataset):
+    """Over subsets of the images, the means scatter as their standard errors say."""
+    mixed = digits.train_images[torch.randperm(4500)[:1000]]
+    figures = [evaluate.evaluate(trained, part, nll_samples=20) for part in mixed.split(25)]
+    for name in ("neg_elbo", "nll"):
+        means = torch.tensor([figure[name] for figure in figures])
+        predicted = torch.tensor([figure[f"{name}_se"] for figure in figures]).square().mean().sqrt()
+        assert 0.5 < means.std() / predicted < 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,6 +155,12 @@ def test_reconstructions_show_image_input_and_output(trained: VAE, digits: utils
     torch.testing.assert_close(tiles[1].float(), trained.reconstruct(firsts))
 
 
+def test_prior_samples_are_decoded_draws(trained: VAE):
+    tiles = picture(evaluate.draw_prior_samples(trained, "", seed=5), 10)
+    z = torch.randn(100, 2, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(tiles.reshape(100, 784), trained.decode(z))
+
+
 def test_interpolations_start_and_end_at_the_images(trained: VAE, digits: utils.Dataset):
     tiles = picture(evaluate.draw_interpolations(trained, digits, "threshold", ""), 5)
     lasts = digits.test_images[49::50] / 255
@@ -165,6 +182,20 @@ def test_manifold_is_the_priors_quantiles(trained: VAE):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == labels[::-1]
 
 
+def test_latent_usage_sorts_the_kl(digits: utils.Dataset):
+    vae = VAE(784, 32, 5)
+    vae.latent_z.mu.weight.data *= 10
+    vae.latent_z.mu.weight.data[3] = 0
+    figure = evaluate.draw_latent_usage(vae, digits, "threshold", "")
+    heights = [bar.get_height() for bars in figure.axes[0].containers for bar in bars]
+    logvar, mu = vae.encode(digits.test_images / 255)[1:]
+    kl = torch.distributions.kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).mean(0)
+    assert sorted(heights) == pytest.approx(sorted(kl.tolist()))
+    order = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert order == [str(i + 1) for i in kl.argsort(descending=True).tolist()]
+    assert "not active: 1" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
 @pytest.mark.parametrize("latent_size", [1, 2, 5])
 def test_latent_space_shows_the_posterior_means(latent_size: int, digits: utils.Dataset):
     vae = VAE(784, 32, latent_size)
@@ -174,19 +205,26 @@ def test_latent_space_shows_the_posterior_means(latent_size: int, digits: utils.
     if latent_size == 2:
         torch.testing.assert_close(points, mu)
     elif latent_size == 1:
-        torch.testing.assert_close(points[:, :1], mu)
+        torch.testing.assert_close(points, torch.cat([mu, digits.test_labels[:, None].float()], 1))
     else:  # the plane of the largest variance, that of the two largest eigenvalues
         variances = torch.linalg.eigvalsh(torch.cov(mu.T)).flip(0)
         torch.testing.assert_close(points.var(0), variances[:2], rtol=1e-3, atol=0)
         assert f"({variances[0] / variances.sum():.0%}" in axes.get_xlabel()
-    assert len(axes.texts) == 10
+    assert [text.get_text() for text in axes.texts] == digits.classes
+    colors = torch.tensor(axes.collections[0].get_facecolors())[:, :3]
+    for label in range(10):
+        assert len(colors[digits.test_labels == label].unique(dim=0)) == 1
+    assert len(colors.unique(dim=0)) == 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-PICTURES = {"reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png"}
-KEYS = {"neg_elbo", "bce", "kl", "nll", "nll_samples", "active_units", "num_images", "dataset", "binarize"}
+PICTURES = {"latent_usage.png", "reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png"}
+KEYS = {
+    *("neg_elbo", "neg_elbo_se", "bce", "kl", "kl_per_latent", "nll", "nll_se", "nll_samples"),
+    *("active_units", "num_images", "dataset", "binarize"),
+}
 
 
 def save_run(run: Path, model: VAE, **extra: object) -> Path:
@@ -215,8 +253,10 @@ def test_command(trained: VAE, digits: utils.Dataset, tmp_path: Path, monkeypatc
     assert f"{metrics['neg_elbo']:.2f} nats per image" in output
     assert f"{metrics['nll']:.2f} nats per image" in output
 
-    call(monkeypatch, run / "checkpoint.pt", "--nll-samples", "1", "--binarize", "none")
-    assert json.loads((run / "metrics.json").read_text())["binarize"] == "none"
+    other = tmp_path / "other" / "place"
+    call(monkeypatch, run / "checkpoint.pt", "--nll-samples", "1", "--binarize", "none", "--out-dir", other)
+    assert json.loads((other / "metrics.json").read_text())["binarize"] == "none"
+    assert json.loads((run / "metrics.json").read_text()) == metrics
     assert "not likelihoods" in capsys.readouterr().out
 
 
@@ -243,6 +283,9 @@ def test_bad_calls(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPa
         ("--nll-samples", "0"),
         ("--nll-samples", "many"),
         ("--seed", "-1"),
+        ("--seed", str(10**20)),
+        ("--nll-samples", str(10**20)),
+        ("--data-dir", __file__),
         ("--device", "cuda"),
         ("--binarize", "often"),
         ("--dataset", "imagenet"),

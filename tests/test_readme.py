@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path("README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -22,4 +23,4 @@ def test_example(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_files_it_names_exist():
     named = re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", README)
     for link in filter(None, (a or b for a, b in named)):
-        assert Path(link).exists(), link
+        assert (ROOT / link).exists(), link

@@ -6,6 +6,7 @@ import errno
 import inspect
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributions import Bernoulli, Normal
 
 import train
 import utils
@@ -101,8 +103,34 @@ def test_schedules():
     rates = [train.learning_rate(done, options) for done in (0, 2.5, 5, 10)]
     assert rates == pytest.approx([2, 1 + math.sqrt(0.5), 1, 0])
     assert train.learning_rate(7, options | {"lr_schedule": "constant"}) == 2
+    epochs_at_each_rate = [3**i for i in range(8)]
+    expected = [2 * 10 ** (-i / 7) for i, n in enumerate(epochs_at_each_rate) for _ in range(n)]
+    burda = options | {"lr_schedule": "burda2016"}
+    assert [train.learning_rate(epoch + 0.99, burda) for epoch in range(3280)] == pytest.approx(expected)
     assert [train.kl_weight(done, options) for done in (0, 2.5, 5, 9)] == [0, 2, 4, 4]
     assert train.kl_weight(0, options | {"kl_warmup": 0.0}) == 4
+
+
+def test_iwae_objective_is_the_bound_of_torch_distributions(digits: utils.Dataset):
+    """One batch's loss, which train_epoch returns, is -log mean w of the K draws it makes."""
+    options = {name: parameter.default for name, parameter in inspect.signature(train.train).parameters.items()}
+    options |= {"objective": "iwae", "importance_samples": 6, "batch_size": 500, "binarize": "threshold"}
+    model = VAE(784, 16, 3)
+    before = copy.deepcopy(model)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loss = train.train_epoch(
+        model, copy.deepcopy(model), adam, digits.test_images, 1, options, train.tqdm(disable=True)
+    )
+    assert not torch.equal(model.encoder.fc1.weight, before.encoder.fc1.weight)
+
+    utils.seed_epoch(options["seed"], 1)
+    inputs, targets = utils.binarize(digits.test_images[torch.randperm(500)], "threshold")
+    _, logvar, mu = before.encode(inputs)
+    posterior, prior = Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)
+    z = posterior.mean + posterior.stddev * torch.randn(6, 500, 3)
+    log_joint = Bernoulli(before.decode(z)).log_prob(targets).sum(-1) + prior.log_prob(z).sum(-1)
+    weights = (log_joint - posterior.log_prob(z).sum(-1)).double().exp()
+    assert loss == pytest.approx(-weights.mean(0).log().mean().item(), rel=1e-4)
 
 
 def test_it_learns(tmp_path: Path):
@@ -114,6 +142,15 @@ def test_it_learns(tmp_path: Path):
     loaded, _ = utils.load_checkpoint(run)
     x = torch.rand(2, 784)
     assert torch.equal(loaded.reconstruct(x), model.reconstruct(x))
+
+
+def test_what_is_tested_is_what_is_kept(tmp_path: Path):
+    """The last row's test loss is that of the saved model, not of the weights that Adam left."""
+    model, history, _ = train.train(**SMALL, epochs=3, lr=1e-2, out_dir=str(tmp_path))
+    data = utils.load_dataset("", "")
+    bce, kl = train.evaluate.elbo_terms(model, *utils.binarize_test_set(data.test_images, "dynamic"))
+    assert history[-1]["test_kl"] == pytest.approx(kl.sum(1).mean().item())
+    assert history[-1]["test_bce"] == pytest.approx(bce.mean().item(), rel=0.02)  # other draws of z
 
 
 def test_seeds(tmp_path: Path):
@@ -159,14 +196,16 @@ def test_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: py
     assert same_weights(run, straight)
 
 
-def test_a_loss_that_explodes_leaves_the_epoch_before(tmp_path: Path):
-    _, _, run = train.train(**SMALL, epochs=1, out_dir=str(tmp_path))
+@pytest.mark.parametrize("batch_size", [100, 900])  # 900: one step an epoch, whose loss is finite, but not its weights
+def test_a_loss_that_explodes_leaves_the_epoch_before(batch_size: int, tmp_path: Path):
+    _, _, run = train.train(**(SMALL | {"batch_size": batch_size}), epochs=1, out_dir=str(tmp_path))
     checkpoint = saved(run)
     checkpoint["options"]["lr"] = 1e30
     utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
     with pytest.raises(UserError, match=r"epoch 2.*--lr"):
         train.resume(run, epochs=3)
     assert saved(run)["epoch"] == 1
+    utils.load_checkpoint(run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +229,24 @@ def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert checkpoint["options"]["dataset"] == "mnist-5k"
     adam = torch.optim.Adam(VAE(784, 16, 3).parameters())
     adam.load_state_dict(checkpoint["optimizer_state_dict"])
+
+
+def test_pictures_at_powers_of_two_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+    monkeypatch.setattr(train, "draw", lambda run, model, data, options, history: drawn.append(len(history)))
+    train.train(**SMALL, epochs=6, out_dir=str(tmp_path))
+    assert drawn == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("epochs", [1, 30])
+def test_curves_show_the_history(epochs: int):
+    columns = ("train_loss", "test_loss", "test_bce", "test_kl")
+    history = [{"epoch": e} | {name: 100 * i + e for i, name in enumerate(columns)} for e in range(1, epochs + 1)]
+    figure = train.draw_curves(history, "caption")
+    lines = [line for axes in figure.axes for line in axes.lines]
+    for line, name in zip(lines, columns, strict=True):
+        assert list(line.get_xdata()) == list(range(1, epochs + 1))
+        assert list(line.get_ydata()) == [row[name] for row in history]
 
 
 def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -235,6 +292,13 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**41)], "--seed"),
         (["--dataset", "imagenet"], "--dataset"),
+        (["--batch-size", str(10**20)], "--batch-size"),
+        (["--importance-samples", "0"], "--importance-samples"),
+        (["--importance-samples", "5"], "iwae"),
+        (["--objective", "iwae", "--beta", "2"], "--beta"),
+        (["--objective", "elbow"], "--objective"),
+        (["--adam-eps", "-1"], "--adam-eps"),
+        (["--weight-decay", "inf"], "--weight-decay"),
         (["--epoch", "3"], "--epoch"),
         (["stray"], "stray"),
     ],
@@ -253,10 +317,17 @@ def test_bad_resume(tmp_path: Path, fails: Callable):
     assert "--latent-size" in fails(train.main, "--resume", run, "--latent-size", "3")
     assert "nowhere" in fails(train.main, "--resume", tmp_path / "nowhere")
 
+    (run / "copy.pt").write_bytes((run / "checkpoint.pt").read_bytes())
+    assert "copy.pt" in fails(train.main, "--resume", run / "copy.pt", "--epochs", "2")
+
     whole = saved(run)
-    for damage in ({"options": {}}, {"options": whole["options"] | {"lr": "fast"}}, {"options": None}, {"epoch": "1"}):
+    for damage in ({"options": {}}, {"history": [3]}, {"epoch": "1"}):
         utils.save_checkpoint(run / "checkpoint.pt", whole | damage)
         assert "cannot be resumed" in fails(train.main, "--resume", run, "--epochs", "2")
+    utils.save_checkpoint(run / "checkpoint.pt", whole | {"options": None})
+    assert "not a dict" in fails(train.main, "--resume", run, "--epochs", "2")
+    utils.save_checkpoint(run / "checkpoint.pt", whole | {"options": whole["options"] | {"lr": "fast"}})
+    assert "--lr" in fails(train.main, "--resume", run, "--epochs", "2")
     for key in ("training_weights", "optimizer_state_dict"):
         utils.save_checkpoint(run / "checkpoint.pt", whole | {key: {}})
         assert "cannot be resumed" in fails(train.main, "--resume", run, "--epochs", "2")
@@ -275,19 +346,39 @@ def test_unwritable_and_full(tmp_path: Path, fails: Callable, monkeypatch: pytes
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    assert "No space left" in fails(train.main, *SMALL_ARGS, "--epochs=1", "--out-dir", tmp_path / "runs")
+    message = fails(train.main, *SMALL_ARGS, "--epochs=1", "--out-dir", tmp_path / "runs")
+    assert "checkpoint.pt: No space left" in message
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_too_large_for_memory(tmp_path: Path, fails: Callable):
-    message = fails(train.main, "--dataset=mnist-5k", f"--hidden-size={2**40}", "--out-dir", tmp_path / "runs")
+    message = fails(train.main, "--dataset=mnist-5k", f"--hidden-size={2**30}", "--out-dir", tmp_path / "runs")
     assert "memory" in message
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path):
+    """SIGINT to a real process after its second epoch."""
+    args = [sys.executable, "-u", train.__file__, *SMALL_ARGS, "--epochs=10000", f"--out-dir={tmp_path}"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch     2"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, error = process.communicate()
+    run = tmp_path / "001-mnist-5k-z3"
+    assert process.returncode == 130
+    assert f"--resume {run}" in error
+    assert error.count("\n") == 1
+    epoch = saved(run)["epoch"]
+    assert epoch >= 2
+    assert len(train.resume(run, epochs=epoch + 1)[1]) == epoch + 1
 
 
 @pytest.mark.parametrize("package", ["torch", "tqdm", "mlxtend", "matplotlib"])
 def test_missing_package(package: str, tmp_path: Path):
     """A real process in which the package can't be imported."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")
-    args = [sys.executable, "train.py", *SMALL_ARGS, "--epochs=1", f"--out-dir={tmp_path / 'runs'}"]
+    args = [sys.executable, train.__file__, *SMALL_ARGS, "--epochs=1", f"--out-dir={tmp_path / 'runs'}"]
     done = subprocess.run(args, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -301,7 +392,7 @@ def test_help_lists_every_argument_of_train_and_its_default(monkeypatch: pytest.
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, parameter in inspect.signature(train.train).parameters.items():
-        assert f"--{name.replace('_', '-')} " in text
+        assert f"--{name.replace('_', '-')}" in text
         assert parameter.default is None or f"(default: {parameter.default})" in text
 
 
@@ -322,13 +413,18 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "decoder_layers": 3,
         "activation": "silu",
         "binarize": "threshold",
+        "objective": "elbo",
+        "importance_samples": 1,
+        "adam_eps": 1e-6,
+        "weight_decay": 0.01,
+        "average": False,
         "device": "cpu",
         "seed": 7,
         "out_dir": str(tmp_path / "runs"),
     }
     assert given.keys() == inspect.signature(train.train).parameters.keys()
-    args = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    args = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "average"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average"])
     train.main()
     run = tmp_path / "runs" / "001-mnist-5k-z2"
     assert saved(run)["options"] == given
@@ -354,6 +450,11 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         {"activation": "tanh"},
         {"binarize": "none"},
         {"binarize": "threshold"},
+        {"adam_eps": 1.0},
+        {"weight_decay": 1.0},
+        {"average": False},
+        {"objective": "iwae"},
+        {"objective": "iwae", "importance_samples": 3},
     ],
 )
 def test_every_option_changes_what_is_learned(change: dict, tmp_path: Path):

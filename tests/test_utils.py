@@ -189,6 +189,11 @@ def test_threshold_and_none():
     assert torch.equal(targets, images / 255)
 
 
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode"):
+        utils.binarize(torch.zeros(1, 1, dtype=torch.uint8), "sometimes")
+
+
 def test_the_test_set_is_binarized_once_and_for_all(digits: utils.Dataset):
     first, _ = utils.binarize_test_set(digits.test_images, "dynamic")
     torch.manual_seed(5)
@@ -247,6 +252,8 @@ class RunsCode:
         {"model": {"input_size": 5}, "model_state_dict": VAE(4).state_dict()},
         {"model": [4, 2, 1], "model_state_dict": VAE(4).state_dict()},
         {"model": {"input_size": 4}, "model_state_dict": 3},
+        {"model": {}, "model_state_dict": VAE().state_dict(), "options": [1]},
+        {"model": {}, "model_state_dict": {name: weight * torch.nan for name, weight in VAE().state_dict().items()}},
         [1, 2, 3],
         7,
     ],
