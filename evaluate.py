@@ -60,7 +60,8 @@ def estimate_nll(
     logvar, mu = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
     generator = torch.Generator(mu.device).manual_seed(seed)
     total = torch.full((len(inputs),), -math.inf, device=mu.device)  # log of the sum of the weights so far
-    with tqdm(total=num_samples, desc="nll", unit=" samples", leave=False, disable=None) as progress:
+    bar = tqdm(total=num_samples, desc="nll", unit=" samples", leave=False, disable=None)
+    with utils.fast_matmul(), bar as progress:
         for chunk in torch.arange(num_samples).split(10):
             eps = torch.randn(len(chunk), *mu.shape, generator=generator, device=mu.device)
             for start in range(0, len(inputs), batch_size):

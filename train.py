@@ -2,6 +2,7 @@
 
     python train.py                                   # MNIST, 20 epochs
     python train.py --latent-size 2 --epochs 50
+    python train.py @recipes/pytorch-example.txt      # options from a file
     python train.py --resume runs/001-mnist-z20 --epochs 40
 
 Each run writes a folder of its own, runs/NNN-DATASET-zLATENT: checkpoint.pt, metrics.csv, curves.png, and pictures of
@@ -191,12 +192,17 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     # Train
     total, done = options["epochs"] * num_images, (first - 1) * num_images
     try:
-        with tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None) as progress:
+        bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None)
+        with utils.fast_matmul(), bar as progress:
             for epoch in range(first, options["epochs"] + 1):
                 started = time.perf_counter()
                 train_loss = train_epoch(model, average, optimizer, data.train_images, epoch, options, progress)
                 seconds = time.perf_counter() - started
-                row = {"epoch": epoch, "train_loss": train_loss, **test_losses(average, test_inputs, test_targets)}
+                row = {
+                    "epoch": epoch,
+                    "train_loss": train_loss,
+                    **compute_test_losses(average, test_inputs, test_targets),
+                }
                 row |= {"images_per_second": num_images / seconds, "seconds": seconds}
                 if not all(map(math.isfinite, row.values())):
                     losses = f"{train_loss} in training, {row['test_loss']} in the test, in epoch {epoch}"
@@ -248,7 +254,7 @@ def train_epoch(
     return total.item() / len(images)
 
 
-def test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> dict[str, float]:
     """The negative ELBO and its terms on the test set, in nats per image."""
     bce, kl = evaluate.elbo_terms(model, inputs, targets)
     bce, kl = bce.mean().item(), kl.sum(1).mean().item()
@@ -358,10 +364,10 @@ def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
 # The command
 
 
-def parse_args() -> argparse.Namespace:
-    """The options that were given; what was not is absent."""
+def parse_args(args: list[str] | None = None) -> argparse.Namespace:
+    """The options that were given, by default on the command line; what was not is absent."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    parser = utils.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = utils.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@")
 
     def option(name: str, help: str, **kwargs: Any) -> None:
         if (default := defaults[name]) is not None:
@@ -397,7 +403,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with this run folder: takes --epochs, --data-dir and --device"
     )
-    return parser.parse_args()
+    return parser.parse_args(args)
 
 
 @utils.command

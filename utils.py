@@ -6,9 +6,10 @@ import functools
 import io
 import os
 import re
+import shlex
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,10 +36,13 @@ class DataUnavailable(UserError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser whose complaint is one line too, and whose help keeps the line breaks of its description."""
+    """An argparse parser that complains in one line too, and whose argument files may hold comments."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
@@ -93,6 +97,17 @@ def choose_device(name: str = "auto") -> torch.device:
     if not available[name]:
         raise UserError(f"PyTorch {torch.__version__} finds no {name} device on this machine: try --device auto")
     return torch.device(name)
+
+
+@contextlib.contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Rounds the factors of float32 matrix products, to bfloat16 or TF32, on a CPU or GPU that has units for those."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def seed_epoch(seed: int, epoch: int) -> None:

@@ -1,0 +1,46 @@
+"""Trains recipes and prints a row of the README's results table for each.
+
+    python benchmarks/likelihood.py original five-minutes
+    python benchmarks/likelihood.py burda2016 --epochs 121
+
+Other options than those below go to train.py. Needs the full data set of the recipe.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import evaluate
+import train
+import utils
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@utils.command
+def main() -> None:
+    parser = utils.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", choices=sorted(path.stem for path in RECIPES.iterdir()))
+    parser.add_argument("--nll-samples", type=int, default=5000, metavar="K", help="(default: %(default)s)")
+    args, others = parser.parse_known_args()
+    rows = [
+        "| recipe | epochs | training time | neg_elbo | nll | active units |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for recipe in args.recipes:
+        options = vars(train.parse_args([f"@{RECIPES / recipe}.txt", "--dataset=mnist", *others]))
+        model, history, run = train.train(**options)
+        data = utils.load_dataset("mnist", options.get("data_dir", "data")).to(next(model.parameters()).device)
+        binarize = options.get("binarize", "dynamic")
+        metrics = evaluate.evaluate(model, data.test_images, binarize, args.nll_samples)
+        minutes = sum(row["seconds"] for row in history) / 60
+        rows.append(
+            f"| {recipe} | {len(history)} | {minutes:.1f} min | {metrics['neg_elbo']:.2f} | {metrics['nll']:.2f} "
+            f"({metrics['nll_samples']:,} samples) | {metrics['active_units']} |"
+        )
+        print(f"{run}:", *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
