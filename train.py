@@ -102,16 +102,14 @@ def resume(
     try:
         options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
         check_options(options)
-        if checkpoint["epoch"] != len(checkpoint["history"]) or any(
-            type(row) is not dict for row in checkpoint["history"]
-        ):
-            raise ValueError("its epochs and its history differ")
+        epochs_in_history = [row["epoch"] for row in checkpoint["history"]]
+        if epochs_in_history != list(range(1, checkpoint["epoch"] + 1)):
+            raise ValueError("its history is not that of its epochs")
         copy.deepcopy(model).load_state_dict(checkpoint["training_weights"])
         torch.optim.AdamW(model.parameters()).load_state_dict(checkpoint["optimizer_state_dict"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be resumed, only evaluated: its training state is damaged or missing"
-        ) from error
+        reason = "its training state is damaged or missing"
+        raise UserError(f"{path} cannot be resumed, only evaluated: {reason}") from error
     if options["epochs"] <= checkpoint["epoch"]:
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
     data = utils.load_dataset(options["dataset"], options["data_dir"])
@@ -204,11 +202,7 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
                     **compute_test_losses(average, test_inputs, test_targets),
                 }
                 row |= {"images_per_second": num_images / seconds, "seconds": seconds}
-                if not all(map(math.isfinite, row.values())):
-                    losses = f"{train_loss} in training, {row['test_loss']} in the test, in epoch {epoch}"
-                    raise UserError(
-                        f"not finite: the loss is {losses}. Try a smaller --lr. {run} holds epoch {epoch - 1}"
-                    )
+                check_finite(row, run)
                 history.append(row)
                 save(run, average, model, optimizer, options, history)
                 tqdm.write(epoch_line(row, options))
@@ -259,6 +253,14 @@ def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> dict[str
     bce, kl = evaluate.elbo_terms(model, inputs, targets)
     bce, kl = bce.mean().item(), kl.sum(1).mean().item()
     return {"test_loss": bce + kl, "test_bce": bce, "test_kl": kl}
+
+
+def check_finite(row: dict[str, float], run: Path) -> None:
+    """Raises UserError where an epoch's losses are not finite."""
+    if not all(map(math.isfinite, row.values())):
+        losses = f"{row['train_loss']} in training, {row['test_loss']} on the test set"
+        held = f"{run} holds the model before it"
+        raise UserError(f"the loss of epoch {row['epoch']} is {losses}: try a smaller --lr. {held}")
 
 
 def learning_rate(done: float, options: dict[str, Any]) -> float:

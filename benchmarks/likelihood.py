@@ -33,12 +33,12 @@ def main() -> None:
         model, history, run = train.train(**options)
         data = utils.load_dataset("mnist", options.get("data_dir", "data")).to(next(model.parameters()).device)
         binarize = options.get("binarize", "dynamic")
-        metrics = evaluate.evaluate(model, data.test_images, binarize, args.nll_samples)
+        is_likelihood = binarize != "none"  # gray targets have none
+        metrics = evaluate.evaluate(model, data.test_images, binarize, args.nll_samples if is_likelihood else 1)
+        nll = f"{metrics['nll']:.2f} ({args.nll_samples:,} samples)" if is_likelihood else ""
         minutes = sum(row["seconds"] for row in history) / 60
-        rows.append(
-            f"| {recipe} | {len(history)} | {minutes:.1f} min | {metrics['neg_elbo']:.2f} | {metrics['nll']:.2f} "
-            f"({metrics['nll_samples']:,} samples) | {metrics['active_units']} |"
-        )
+        figures = (f"{minutes:.1f} min", f"{metrics['neg_elbo']:.2f}", nll, str(metrics["active_units"]))
+        rows.append(f"| {' | '.join((recipe, str(len(history)), *figures))} |")
         print(f"{run}:", *rows, sep="\n")
 
 

@@ -179,6 +179,13 @@ def test_dynamic_samples_with_the_gray_values_probability():
     assert not torch.equal(inputs, again)
 
 
+def test_black_and_white_pixels_are_never_flipped(monkeypatch: pytest.MonkeyPatch):
+    images = torch.tensor([[0, 255]], dtype=torch.uint8)
+    for draw in (0.0, 1 - 2**-24):  # the smallest and the largest that torch.rand makes
+        monkeypatch.setattr("torch.rand", lambda shape, draw=draw, **kwargs: torch.full(shape, draw))
+        assert utils.binarize(images, "dynamic")[0].tolist() == [[0, 1]]
+
+
 def test_threshold_and_none():
     images = torch.tensor([[0, 127, 128, 255]], dtype=torch.uint8)
     inputs, targets = utils.binarize(images, "threshold")
@@ -217,6 +224,16 @@ def test_write_atomically_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space"):
         utils.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path):
+    path = tmp_path / "file"
+    utils.write_atomically(path, b"old")
+    with open(path, "rb") as reader:
+        utils.write_atomically(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
 
