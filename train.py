@@ -77,7 +77,7 @@ def train(
     data = utils.load_dataset(dataset, data_dir)
     options["dataset"] = data.name
     if epochs is None:
-        options["epochs"] = 100 if data.name == "mnist-5k" else 20
+        options["epochs"] = 150 if data.name == "mnist-5k" else 20
     utils.seed_epoch(seed, 0)
     model = VAE(data.train_images.shape[1], hidden_size, latent_size, encoder_layers, decoder_layers, activation)
     checkpoint = {"options": options, "epoch": 0, "history": [], "training_weights": model.state_dict()}
@@ -378,7 +378,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
     option("dataset", "auto is mnist, or mnist-5k where mnist can't be had", choices=utils.DATASETS)
     option("data_dir", "where data sets are read and downloaded", metavar="DIR")
-    option("epochs", "passes over the training set (default: 20, and 100 on mnist-5k)", type=int, metavar="N")
+    option("epochs", "passes over the training set (default: 20, and 150 on mnist-5k)", type=int, metavar="N")
     option("batch_size", "images a step", type=int, metavar="N")
     option("lr", "Adam's step size", type=float, metavar="X")
     option("lr_schedule", "cosine falls to 0 at the last epoch", choices=LR_SCHEDULES)

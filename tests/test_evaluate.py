@@ -99,7 +99,7 @@ def test_nll_ignores_the_batch_size(trained: VAE, digits: utils.Dataset, monkeyp
     figures = [evaluate.estimate_nll(trained, inputs, targets, 100, batch_size=size) for size in (500, 64, 7)]
     torch.testing.assert_close(figures[0], figures[1])
     torch.testing.assert_close(figures[0], figures[2])
-    assert rounded.mean() == pytest.approx(figures[0].mean(), abs=0.01)  # so rounded factors do no harm
+    assert rounded.mean().item() == pytest.approx(figures[0].mean().item(), abs=0.01)  # so rounded factors do no harm
 
 
 def test_nll_of_extreme_logits_is_finite():

@@ -252,7 +252,7 @@ def test_curves_show_the_history(epochs: int):
 
 def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "_fit", lambda model, checkpoint, data, run: checkpoint["options"]["epochs"])
-    assert train.train(**SMALL, out_dir=str(tmp_path)) == 100
+    assert train.train(**SMALL, out_dir=str(tmp_path)) == 150
     few = utils.load_dataset("", "")._replace(name="mnist")
     monkeypatch.setattr(utils, "load_dataset", lambda name, data_dir: few)
     assert train.train(out_dir=str(tmp_path)) == 20
