@@ -315,12 +315,11 @@ def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: dict[str,
 
 
 def epoch_line(row: dict[str, float], options: dict[str, Any]) -> str:
+    label = "  (gray targets: no likelihood)" if options["binarize"] == "none" else ""
     return (
         f"epoch {row['epoch']:{len(str(options['epochs']))}d}/{options['epochs']}  train {row['train_loss']:7.2f}  "
         f"test {row['test_loss']:7.2f} = BCE {row['test_bce']:6.2f} + KL {row['test_kl']:5.2f}  "
-        f"{row['images_per_second']:9,.0f} images/s"
-        + (options["binarize"] == "none")
-        * "  (gray targets: no likelihood)"
+        f"{row['images_per_second']:9,.0f} images/s{label}"
     )
 
 
@@ -342,7 +341,7 @@ def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
     figure = Figure(figsize=(9, 3), layout="constrained")
     figure.suptitle(f"Training curves: {caption}", fontsize=10)
     panels = {
-        "loss": {"train_loss": "training set, as it was learned", "test_loss": "test set, averaged weights"},
+        "loss": {"train_loss": "training set, as it was learned", "test_loss": "test set, after the epoch"},
         "BCE": {"test_bce": "test set"},
         "KL": {"test_kl": "test set"},
     }

@@ -207,7 +207,7 @@ def _read_or_download(construct: Callable[..., Any], name: str, data_dir: str | 
     try:
         return construct(download=True)
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of the last mirror tried
         message = f"{name} is not in the folder {data_dir} and could not be downloaded ({reason})"
         raise DataUnavailable(message) from error
     finally:

@@ -3,7 +3,7 @@
     python benchmarks/likelihood.py original five-minutes
     python benchmarks/likelihood.py burda2016 --epochs 121
 
-Other options than those below go to train.py. Needs the full data set of the recipe.
+Other options than those below go to train.py.
 """
 
 import sys
@@ -31,7 +31,9 @@ def main() -> None:
     for recipe in args.recipes:
         options = vars(train.parse_args([f"@{RECIPES / recipe}.txt", "--dataset=mnist", *others]))
         model, history, run = train.train(**options)
-        data = utils.load_dataset("mnist", options.get("data_dir", "data")).to(next(model.parameters()).device)
+        data = utils.load_dataset(options["dataset"], options.get("data_dir", "data")).to(
+            next(model.parameters()).device
+        )
         binarize = options.get("binarize", "dynamic")
         is_likelihood = binarize != "none"  # gray targets have none
         metrics = evaluate.evaluate(model, data.test_images, binarize, args.nll_samples if is_likelihood else 1)

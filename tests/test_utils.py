@@ -122,6 +122,15 @@ def test_a_named_set_never_falls_back(name: str, tmp_path: Path, no_network: Non
         utils.load_dataset(name, tmp_path)
 
 
+def test_a_download_that_fails_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def time_out(*args: object, **kwargs: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", time_out)
+    with pytest.raises(DataUnavailable, match="TimeoutError"):
+        utils.load_dataset("mnist", tmp_path)
+
+
 def test_unknown_set():
     with pytest.raises(UserError, match="choose from"):
         utils.load_dataset("cifar10")
