@@ -17,6 +17,7 @@ import io
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,8 +170,8 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     # Set up: the weights that Adam changes, and their running average, which is what is evaluated and kept
     device = utils.choose_device(options["device"])
     data = data.to(device)
-    average = average.to(device).requires_grad_(False)
-    model = copy.deepcopy(average).requires_grad_(True)
+    average = average.to(device)
+    model = copy.deepcopy(average) if options["average"] else average
     model.load_state_dict(checkpoint["training_weights"])
     decay, eps = options["weight_decay"], options["adam_eps"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], eps=eps, weight_decay=decay, fused=True)
@@ -182,7 +183,9 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
         except BaseException:
             run.rmdir()
             raise
+    optimizer.param_groups[0]["capturable"] = device.type == "cuda"  # on a CUDA graph
     test_inputs, test_targets = utils.binarize_test_set(data.test_images, options["binarize"])
+    step = make_step(model, optimizer, data.train_images, options)
     num_weights = sum(weight.numel() for weight in model.parameters())
     num_images = len(data.train_images)
     print(f"{data.name}: {num_images:,} training images; {num_weights:,} weights on {device}; writing to {run}")
@@ -194,7 +197,7 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
         with utils.fast_matmul(), bar as progress:
             for epoch in range(first, options["epochs"] + 1):
                 started = time.perf_counter()
-                train_loss = train_epoch(model, average, optimizer, data.train_images, epoch, options, progress)
+                train_loss = train_epoch(step, model, average, data.train_images, epoch, options, progress)
                 seconds = time.perf_counter() - started
                 row = {
                     "epoch": epoch,
@@ -213,37 +216,56 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     return average, history, run
 
 
-def train_epoch(
-    model: VAE,
-    average: VAE,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    epoch: int,
-    options: dict[str, Any],
-    progress: tqdm,
-) -> float:
-    """One pass over the images (N, 784) uint8 in a new order -> the mean bound on -log p(x), in nats per image."""
-    utils.seed_epoch(options["seed"], epoch)
-    total = torch.zeros((), device=images.device)  # stays there until the epoch ends
-    batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])
-    for i, batch in enumerate(batches):
-        done = epoch - 1 + i / len(batches)  # in epochs
-        inputs, targets = utils.binarize(images[batch], options["binarize"])
+def make_step(
+    model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: dict[str, Any]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """-> step(batch, rates), which takes one step of Adam on the images (N, 784) uint8 at the indices batch (B,).
+
+    rates (2,) holds the learning rate and the weight of the KL. The step returns the bound on -log p(x) that it found,
+    in nats for the whole batch. Nothing in it makes the CPU wait for a GPU.
+    """
+
+    def step(batch: Tensor, rates: Tensor) -> Tensor:
+        lr, kl_weight = rates.unbind()
+        inputs, targets = utils.binarize(images.index_select(0, batch), options["binarize"])
         z, logvar, mu = model.encode(inputs)
         if options["objective"] == "iwae":
             eps = torch.randn(options["importance_samples"], *mu.shape, device=images.device)
             loss = bound = nll_from_log_weights(log_importance_weights(model.decoder, targets, logvar, mu, eps)).sum()
         else:
             bce, kl = loss_terms(model.decoder.logits(z), targets, logvar, mu)
-            loss, bound = bce + kl_weight(done, options) * kl, bce + kl
+            loss, bound = bce + kl_weight * kl, bce + kl
 
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = learning_rate(done, options)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        update_average(average, model, step=(epoch - 1) * len(batches) + i, options=options)
+        return bound.detach()
 
-        total += bound.detach()
+    return utils.CudaGraph(step) if images.is_cuda else step
+
+
+def train_epoch(
+    step: Callable[[Tensor, Tensor], Tensor],
+    model: VAE,
+    average: VAE,
+    images: Tensor,
+    epoch: int,
+    options: dict[str, Any],
+    progress: tqdm,
+) -> float:
+    """One pass over the images (N, 784) in a new order -> the mean bound on -log p(x), in nats per image."""
+    utils.seed_epoch(options["seed"], epoch)
+    batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])
+    starts = [epoch - 1 + i / len(batches) for i in range(len(batches))]  # in epochs
+    rates = [(learning_rate(start, options), kl_weight(start, options)) for start in starts]
+    rates = torch.tensor(rates, device=images.device)
+    total = torch.zeros((), device=images.device)  # stays there until the epoch ends
+    stride = max(1, len(batches) // 50)  # the average of every ninth step or so is as good, and costs a ninth
+    for i, batch in enumerate(batches):
+        total += step(batch, rates[i])
+        if options["average"] and i % stride == 0:
+            update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
         progress.update(len(batch))
     return total.item() / len(images)
 
@@ -279,15 +301,14 @@ def kl_weight(done: float, options: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def update_average(average: VAE, model: VAE, step: int, options: dict[str, Any], eta: float = 9) -> None:
-    """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824); a copy without options.average.
+def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None:
+    """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824), after `count` updates.
 
     Does what a falling learning rate does, without having to know when training ends: the average leans on the last
     tenth or so of all steps, however many there were.
     """
-    share = (eta + 1) / (step + 1 + eta) if options["average"] else 1.0
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, share)
+        mean.lerp_(weight, (eta + 1) / (count + 1 + eta))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def test_an_epoch_is_plain_adam_on_the_criterion(digits: utils.Dataset):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "binarize", binarize)
-        loss = train.train_epoch(model, average, optimizer, images, 1, options, monitored)
+        step = train.make_step(model, optimizer, images, options)
+        loss = train.train_epoch(step, model, average, images, 1, options, monitored)
 
     utils.seed_epoch(options["seed"], 1)
     adam = torch.optim.Adam(reference.parameters(), lr=options["lr"])
@@ -118,8 +119,9 @@ def test_iwae_objective_is_the_bound_of_torch_distributions(digits: utils.Datase
     model = VAE(784, 16, 3)
     before = copy.deepcopy(model)
     adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    step = train.make_step(model, adam, digits.test_images, options)
     loss = train.train_epoch(
-        model, copy.deepcopy(model), adam, digits.test_images, 1, options, train.tqdm(disable=True)
+        step, model, copy.deepcopy(model), digits.test_images, 1, options, train.tqdm(disable=True)
     )
     assert not torch.equal(model.encoder.fc1.weight, before.encoder.fc1.weight)
 

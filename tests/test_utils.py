@@ -190,8 +190,9 @@ def test_dynamic_samples_with_the_gray_values_probability():
 
 def test_black_and_white_pixels_are_never_flipped(monkeypatch: pytest.MonkeyPatch):
     images = torch.tensor([[0, 255]], dtype=torch.uint8)
-    for draw in (0.0, 1 - 2**-24):  # the smallest and the largest that torch.rand makes
-        monkeypatch.setattr("torch.rand", lambda shape, draw=draw, **kwargs: torch.full(shape, draw))
+    for draw in (-32768, 0, 32767):  # of all 16-bit numbers, the smallest, the middle, and the largest
+        bits = torch.full((4,), draw, dtype=torch.int16).view(torch.int64)
+        monkeypatch.setattr("torch.Tensor.random_", lambda calls, *args, bits=bits, **kwargs: calls.copy_(bits))
         assert utils.binarize(images, "dynamic")[0].tolist() == [[0, 1]]
 
 
