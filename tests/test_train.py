@@ -50,7 +50,8 @@ def same_weights(a: Path, b: Path) -> bool:
 # The loop
 
 
-def test_an_epoch_is_plain_adam_on_the_criterion(digits: utils.Dataset):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_epoch_is_plain_adam_on_the_criterion(digits: utils.Dataset, stride: int):
     """train_epoch against the loop as a tutorial writes it, with the same draws."""
     images = digits.test_images
     options = inspect.signature(train.train).parameters
@@ -67,6 +68,7 @@ def test_an_epoch_is_plain_adam_on_the_criterion(digits: utils.Dataset):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "binarize", binarize)
+        patch.setattr(train, "AVERAGES_PER_EPOCH", 4 // stride)
         step = train.make_step(model, optimizer, images, options)
         loss = train.train_epoch(step, model, average, images, 1, options, monitored)
 
@@ -90,13 +92,39 @@ def test_an_epoch_is_plain_adam_on_the_criterion(digits: utils.Dataset):
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, reference.state_dict()[name])
 
-    # The average gives step t the weight that the product of later shrinkings leaves it
-    weights = [
-        10 / (t + 9) * math.prod(1 - 10 / (s + 9) for s in range(t + 1, len(iterates) + 1)) for t in (1, 2, 3, 4)
-    ]
+    # The average gives its t-th update the weight that the product of later shrinkings leaves it
+    averaged = iterates[::stride]
+    updates = range(1, len(averaged) + 1)
+    weights = [10 / (t + 9) * math.prod(1 - 10 / (s + 9) for s in updates if s > t) for t in updates]
     assert sum(weights) == pytest.approx(1)
     for name, weight in average.state_dict().items():
-        torch.testing.assert_close(weight, sum(w * step[name] for w, step in zip(weights, iterates, strict=True)))
+        torch.testing.assert_close(weight, sum(w * step[name] for w, step in zip(weights, averaged, strict=True)))
+
+
+def test_initialize(digits: utils.Dataset):
+    """Glorot & Bengio's uniform law (2010, eq. 16), and a decoder that, of nothing, makes the mean image."""
+    torch.manual_seed(0)
+    model = VAE(784, 300, 20)
+    train.initialize(model, digits.train_images)
+    for name, weight in model.named_parameters():
+        if name.endswith("weight"):
+            bound = math.sqrt(6 / sum(weight.shape))
+            assert 0.98 * bound < weight.abs().max() <= bound
+            assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        elif name != "decoder.fc2.bias":
+            assert torch.all(weight == 0)
+    mean = (digits.train_images / 255).mean(0).clamp(0.001, 0.999)
+    torch.testing.assert_close(model.decode(torch.zeros(20)), mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_trains_as_the_steps_it_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = SMALL | {"device": "cuda", "batch_size": 128, "epochs": 5, "lr": 1e-2, "kl_warmup": 3}
+    _, graphed, _ = train.train(**options, out_dir=str(tmp_path))
+    monkeypatch.setattr(utils, "CudaGraph", lambda function: function)
+    _, eager, _ = train.train(**options, out_dir=str(tmp_path))
+    for name in ("train_loss", "test_loss", "test_kl"):
+        assert [row[name] for row in graphed] == pytest.approx([row[name] for row in eager], rel=0.02)
 
 
 def test_schedules():
@@ -232,6 +260,7 @@ def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert checkpoint["options"]["dataset"] == "mnist-5k"
     adam = torch.optim.Adam(VAE(784, 16, 3).parameters())
     adam.load_state_dict(checkpoint["optimizer_state_dict"])
+    assert type(adam.param_groups[0]["lr"]) is float
 
 
 def test_pictures_at_powers_of_two_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -172,6 +172,27 @@ def test_a_torchvision_that_does_not_import(tmp_path: Path, monkeypatch: pytest.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graph_calls_its_function():
+    state = torch.zeros(3, device="cuda")
+
+    def function(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        state.add_(x.sum())
+        return x * scale + torch.rand(len(x), device="cuda")
+
+    call = utils.CudaGraph(function)
+    results = []
+    for i in range(8):
+        x = torch.full((5 if i % 3 else 4,), float(i), device="cuda")
+        results.append(call(x, torch.tensor(10.0, device="cuda")).tolist())
+    assert state.tolist() == [sum(i * (5 if i % 3 else 4) for i in range(8))] * 3
+    for i, result in enumerate(results):
+        assert len(result) == (5 if i % 3 else 4)
+        assert all(10 * i <= value < 10 * i + 1 for value in result)
+    draws = [value % 1 for result in results for value in result]
+    assert len(set(draws)) == len(draws)
+
+
 # Binarization
 
 

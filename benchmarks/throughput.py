@@ -1,0 +1,324 @@
+"""Measures how fast a VAE trains here, side by side in one run, in images per second.
+
+    python benchmarks/throughput.py                 # a tutorial's loop, python train.py, and the matrix products alone
+    python benchmarks/throughput.py tricks          # what train.py would lose without each of its tricks
+    python benchmarks/throughput.py scaling         # cost against batch size, hidden size and number of images
+    python benchmarks/throughput.py results         # test losses of the default run, with all tricks and with none
+
+The loops take turns, so that a machine whose speed drifts is fair to all of them, and the figures are medians.
+"""
+
+import contextlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+import evaluate
+import train
+import utils
+from model import VAE, loss_criterion
+from utils import Dataset
+
+Measurement = Callable[[], float]  # -> the seconds of one pass over the images
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three loops
+
+
+def conventional(data: Dataset, args: Any) -> Measurement:
+    """The loop as tutorials have it: a DataLoader of PIL images, Adam unfused, the loss read at every step."""
+    from torchvision import datasets, transforms
+
+    class Images(datasets.MNIST):
+        def __init__(self) -> None:  # reads no file: the rest is torchvision's
+            self.data, self.targets = data.train_images.view(-1, 28, 28), data.train_labels
+            self.transform, self.target_transform = transforms.ToTensor(), None
+
+    loader = torch.utils.data.DataLoader(Images(), batch_size=args.batch_size, shuffle=True)
+    model = VAE(784, args.hidden_size, args.latent_size).to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def measure() -> float:
+        start, total = time.perf_counter(), 0.0
+        for images, _ in loader:
+            images = images.to(args.device)
+            x_hat, logvar, mu, _ = model(images)
+            loss = loss_criterion(x_hat, images, logvar, mu)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        return time.perf_counter() - start
+
+    return measure
+
+
+def ours(data: Dataset, args: Any) -> Measurement:
+    """train.train itself, in its second epoch."""
+    names = ("batch_size", "hidden_size", "latent_size", "device")
+    options = {name: getattr(args, name) for name in names}
+
+    def measure() -> float:
+        with contextlib.ExitStack() as stack:
+            options["out_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(patch.object(utils, "load_dataset", lambda *_: data))
+            stack.enter_context(patch.object(train, "draw", lambda *_: None))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            _, history, _ = train.train(epochs=2, **options)
+        return history[-1]["seconds"]
+
+    return measure
+
+
+def matrix_products(data: Dataset, args: Any, dtype: torch.dtype, precision: str) -> Measurement:
+    """The pass's matrix products alone: each layer's outputs and two gradients, save the first's for images."""
+    device = torch.device(args.device)
+    model = VAE(784, args.hidden_size, args.latent_size)
+    weights = [layer.weight.to(device, dtype) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    inputs = [torch.randn(args.batch_size, weight.shape[1], device=device, dtype=dtype) for weight in weights]
+    gradients = [torch.randn(args.batch_size, weight.shape[0], device=device, dtype=dtype) for weight in weights]
+
+    @torch.no_grad()
+    def step(_: Tensor) -> Tensor:
+        for i, (x, weight, gradient) in enumerate(zip(inputs, weights, gradients, strict=True)):
+            x @ weight.T
+            result = gradient.T @ x
+            if i > 0:
+                gradient @ weight
+        return result
+
+    run = utils.CudaGraph(step) if device.type == "cuda" else step
+
+    def measure() -> float:
+        torch.set_float32_matmul_precision(precision)
+        for timed in (False, True):
+            start = time.perf_counter()
+            for _ in range(round(len(data.train_images) / args.batch_size) if timed else 10):
+                run(inputs[0])
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        torch.set_float32_matmul_precision("highest")
+        return time.perf_counter() - start
+
+    return measure
+
+
+def take_turns(loops: dict[str, Measurement], repeats: int) -> dict[str, list[float]]:
+    """-> the seconds of each loop's passes. A first pass of each, to warm up, is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for repeat in range(repeats + 1):
+        for name, measure in loops.items():
+            duration = measure()
+            if repeat > 0:
+                seconds[name].append(duration)
+            print(f"\r{repeat}/{repeats} {name:60s}", end="", file=sys.stderr, flush=True)
+    print(f"\r{'':70s}\r", end="", file=sys.stderr)
+    return seconds
+
+
+def compare(data: Dataset, args: Any) -> dict[str, Any]:
+    loops = {"conventional": conventional(data, args), "train.py": ours(data, args)}
+    floors = {
+        "matrix products, float32": (torch.float32, "highest"),
+        "matrix products, float32 with rounded factors": (torch.float32, "medium"),
+        "matrix products, bfloat16": (torch.bfloat16, "highest"),
+    }
+    loops |= {name: matrix_products(data, args, *how) for name, how in floors.items()}
+    seconds = take_turns(loops, args.repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    floor = min(floors, key=medians.__getitem__)
+    faster = statistics.median(a / b for a, b in zip(seconds["conventional"], seconds["train.py"], strict=True))
+    slower = statistics.median(b / c for b, c in zip(seconds["train.py"], seconds[floor], strict=True))
+    print("| loop | images/s | time, in that of train.py |\n| --- | --- | --- |")
+    for name, median in medians.items():
+        print(f"| {name} | {len(data.train_images) / median:,.0f} | {median / medians['train.py']:.2f} |")
+    print(f"train.py is {faster:.1f} times as fast as the conventional loop,")
+    print(f"and takes {slower:.1f} times as long as its {floor} alone")
+    if args.picture:
+        speeds = {name: len(data.train_images) / medians[name] for name in ("conventional", "train.py", floor)}
+        evaluate.save_figure(draw_speeds(speeds, title(args)), Path(args.picture))
+    return {"seconds": seconds, "speedup": faster, "times_the_floor": slower, "floor": floor}
+
+
+def draw_speeds(speeds: dict[str, float], title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(speeds), list(speeds.values()), color=("#94a4a2", "#3f90da", "#ffa90e"))
+    axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds.values()], padding=4)
+    axes.set(xlabel="images per second", title=title, xlim=(0, 1.15 * max(speeds.values())))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tricks, one at a time
+
+
+def binarize_with_floats(images: Tensor, mode: str, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    sample = torch.rand(images.shape, generator=generator, device=images.device) * 255 < images
+    return sample.float(), sample.float()
+
+
+def unfused(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(*args, **kwargs | {"fused": False})
+
+
+TRICKS = {
+    "matrix products with rounded factors": lambda: patch.object(utils, "fast_matmul", contextlib.nullcontext),
+    "fused Adam": lambda: patch.object(torch.optim, "AdamW", unfused),
+    "16 random bits a pixel, not 32": lambda: patch.object(utils, "binarize", binarize_with_floats),
+    "weights averaged 50 times an epoch": lambda: patch.object(train, "AVERAGES_PER_EPOCH", 10**9),
+    "a CUDA graph": lambda: patch.object(utils, "CudaGraph", lambda function: function),
+}
+
+
+@contextlib.contextmanager
+def without(*tricks: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for trick in tricks:
+            stack.enter_context(TRICKS[trick]())
+        yield
+
+
+def tricks(data: Dataset, args: Any) -> dict[str, Any]:
+    def measure_without(*tricks: str) -> Measurement:
+        def measure() -> float:
+            with without(*tricks):
+                return ours(data, args)()
+
+        return measure
+
+    names = [name for name in TRICKS if args.device == "cuda" or "CUDA" not in name]
+    loops = {"train.py": measure_without(), **{name: measure_without(name) for name in names}}
+    loops["all of these"] = measure_without(*names)
+    seconds = take_turns(loops, args.repeats)
+    print("| without | images/s | time, in that of train.py |\n| --- | --- | --- |")
+    for name, values in seconds.items():
+        ratio = statistics.median(value / full for value, full in zip(values, seconds["train.py"], strict=True))
+        name = "anything missing" if name == "train.py" else name
+        print(f"| {name} | {len(data.train_images) / statistics.median(values):,.0f} | {ratio:.2f} |")
+    return {"seconds": seconds}
+
+
+def results(data: Dataset, args: Any) -> dict[str, Any]:
+    """The losses of whole runs: what the tricks cost in quality, beside what another seed makes of it."""
+    rows = {"with all tricks": [], "with none": []}
+    for seed in range(3):
+        for name, row in rows.items():
+            with tempfile.TemporaryDirectory() as out_dir, without(*(TRICKS if name == "with none" else ())):
+                model, _, _ = train.train(data.name, args.data_dir, seed=seed, device=args.device, out_dir=out_dir)
+            row.append(evaluate.evaluate(model, data.test_images.to(args.device), nll_samples=1)["neg_elbo"])
+    print("| seed | with all tricks | with none |\n| --- | --- | --- |")
+    for seed, losses in enumerate(zip(*rows.values(), strict=True)):
+        print(f"| {seed} | {' | '.join(f'{loss:.2f}' for loss in losses)} |")
+    print(f"| mean | {' | '.join(f'{statistics.mean(row):.2f}' for row in rows.values())} |")
+    return {"neg_elbo": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How cost grows
+
+
+def scaling(data: Dataset, args: Any) -> dict[str, Any]:
+    sizes = {
+        "batch_size": (16, 32, 64, 128, 256, 512, 1024),
+        "hidden_size": (64, 128, 256, 512, 1024, 2048),
+        "images": [n for n in (1000, 3000, 10_000, 30_000, 60_000) if n <= len(data.train_images)],
+    }
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for name, values in sizes.items():
+        seconds[name] = {"conventional": [], "train.py": []}
+        for value in values:
+            case = type(args)(**vars(args) | {name: value})
+            images = first_images(data, value if name == "images" else min(6000, len(data.train_images)))
+            loops = {"conventional": conventional(images, case), "train.py": ours(images, case)}
+            for loop, durations in take_turns(loops, args.repeats).items():
+                seconds[name][loop].append(statistics.median(durations))
+            print(f"{name} {value}: {', '.join(f'{loop} {s[-1]:.3f} s' for loop, s in seconds[name].items())}")
+    if args.picture:
+        evaluate.save_figure(draw_scaling(sizes, seconds, title(args)), Path(args.picture))
+    return {"sizes": sizes, "seconds": seconds}
+
+
+def draw_scaling(sizes: dict[str, Any], seconds: dict[str, dict[str, list[float]]], title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure.suptitle(f"Seconds an epoch: {title}", fontsize=10)
+    for axes, (name, loops) in zip(figure.subplots(1, len(sizes)), seconds.items(), strict=True):
+        for (loop, durations), color in zip(loops.items(), ("#94a4a2", "#3f90da"), strict=True):
+            axes.loglog(sizes[name], durations, marker=".", color=color, label=loop)
+        images = "" if name == "images" else " (of 6,000 images)"
+        axes.set(xlabel=f"{name.replace('_', ' ')}{images}", ylabel="seconds")
+        axes.set_xticks(sizes[name], [f"{size:,}" for size in sizes[name]], fontsize=7)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def first_images(data: Dataset, n: int) -> Dataset:
+    return data._replace(train_images=data.train_images[:n], train_labels=data.train_labels[:n])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def title(args: Any) -> str:
+    return f"batch {args.batch_size}, hidden {args.hidden_size}, latent {args.latent_size}, {args.device}"
+
+
+@utils.command
+def main() -> None:
+    benchmarks = {"compare": compare, "tricks": tricks, "scaling": scaling, "results": results}
+    parser = utils.ArgumentParser(description=__doc__)
+    parser.add_argument("benchmark", nargs="?", choices=benchmarks, default="compare")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a step (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--latent-size", type=int, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, metavar="N", help="images a pass (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="passes of each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's choice)")
+    parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
+    parser.add_argument("--dataset", choices=utils.DATASETS, default="auto", help="(default: %(default)s)")
+    parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="where to write all that was measured")
+    parser.add_argument("--picture", metavar="FILE", help="where compare and scaling draw a picture")
+    args = parser.parse_args()
+    for name in ("batch_size", "hidden_size", "latent_size", "images", "repeats", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be a whole number above 0, not {value}")
+    train.flush_denormals()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = utils.choose_device(args.device).type
+    data = utils.load_dataset(args.dataset, args.data_dir)
+    if args.images and args.benchmark != "results":
+        data = first_images(data, args.images)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{data.name}, {len(data.train_images):,} images; {title(args)} ({where}); PyTorch {torch.__version__}")
+    measured = benchmarks[args.benchmark](data, args)
+    if args.json:
+        measured = {"options": vars(args), "where": where, "torch": torch.__version__, **measured}
+        utils.write_atomically(Path(args.json), (json.dumps(measured, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
