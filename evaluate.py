@@ -29,6 +29,8 @@ except ModuleNotFoundError as error:
         raise
     print(f"evaluate.py: error: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -271,7 +273,9 @@ def parse_args() -> argparse.Namespace:
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", help="run folder or checkpoint file (default: the newest run in runs/)")
     parser.add_argument("--dataset", choices=utils.DATASETS, help="test set (default: the run's, else auto)")
-    parser.add_argument("--data-dir", help="where data sets are read and downloaded (default: the run's, else data)")
+    parser.add_argument(
+        "--data-dir", default="data", help="where data sets are read and downloaded (default: %(default)s)"
+    )
     parser.add_argument(
         "--binarize", choices=utils.BINARIZE, help="input and target (default: the run's, else dynamic)"
     )
@@ -299,8 +303,7 @@ def main() -> None:
     model, checkpoint = utils.load_checkpoint(path)
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = args.binarize or options.get("binarize", "dynamic")
-    data_dir = args.data_dir or options.get("data_dir", "data")
-    dataset = utils.load_dataset(args.dataset or options.get("dataset", "auto"), data_dir)
+    dataset = utils.load_dataset(args.dataset or options.get("dataset", "auto"), args.data_dir)
     if model.config["input_size"] != dataset.test_images.shape[1]:
         sizes = f"{model.config['input_size']} values an image, {dataset.name} has {dataset.test_images.shape[1]}"
         raise UserError(f"{path} is a model of {sizes}")

@@ -35,6 +35,8 @@ except ModuleNotFoundError as error:
         raise
     print(f"train.py: error: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 LR_SCHEDULES = ("constant", "cosine", "burda2016")
 OBJECTIVES = ("elbo", "iwae")
 INITS = ("pytorch", "burda2016")
+COLUMNS = ("epoch", "train_loss", "test_loss", "test_bce", "test_kl", "images_per_second", "seconds")  # of metrics.csv
 AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheaper at 469 steps an epoch
 
 
@@ -75,7 +78,7 @@ def train(
     Returns the model, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a bad
     value, and OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
     """
-    options = dict(locals()) | {"data_dir": str(data_dir), "out_dir": str(out_dir)}
+    options = {name: value for name, value in locals().items() if name not in ("data_dir", "out_dir")}
     check_options(options)
     flush_denormals()
     data = utils.load_dataset(dataset, data_dir)
@@ -91,7 +94,7 @@ def train(
 
 
 def resume(
-    run: str | Path, epochs: int | None = None, data_dir: str | None = None, device: str | None = None
+    run: str | Path, epochs: int | None = None, data_dir: str = "data", device: str | None = None
 ) -> tuple[VAE, list[dict[str, Any]], Path]:
     """Goes on with a run, in its folder, from its last whole epoch to `epochs` or to what it was started for.
 
@@ -104,22 +107,36 @@ def resume(
     if path.name != "checkpoint.pt":
         raise UserError(f"--resume goes on in a run folder, whose checkpoint.pt it replaces: {path} is not one")
     model, checkpoint = utils.load_checkpoint(path)
-    changes = {"epochs": epochs, "data_dir": data_dir, "device": device}
+    changes = {"epochs": epochs, "device": device}
     try:
         options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
         check_options(options)
-        epochs_in_history = [row["epoch"] for row in checkpoint["history"]]
-        if epochs_in_history != list(range(1, checkpoint["epoch"] + 1)):
-            raise ValueError("its history is not that of its epochs")
-        copy.deepcopy(model).load_state_dict(checkpoint["training_weights"])
-        torch.optim.AdamW(model.parameters()).load_state_dict(checkpoint["optimizer_state_dict"])
+        check_training_state(checkpoint, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = "its training state is damaged or missing"
         raise UserError(f"{path} cannot be resumed, only evaluated: {reason}") from error
     if options["epochs"] <= checkpoint["epoch"]:
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
-    data = utils.load_dataset(options["dataset"], options["data_dir"])
+    data = utils.load_dataset(options["dataset"], data_dir)
+    for left in path.parent.glob(".*.pt.*.part"):  # by a run that was killed while it wrote
+        left.unlink()
     return _fit(model, checkpoint | {"options": options}, data, path.parent)
+
+
+def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
+    """Raises ValueError or another error where training could not go on from a checkpoint's state."""
+    history, rows = checkpoint["history"], range(1, checkpoint["epoch"] + 1)
+    if [row["epoch"] for row in history] != list(rows):
+        raise ValueError("its history is not that of its epochs")
+    if not all(type(row[name]) is float and math.isfinite(row[name]) for row in history for name in COLUMNS[1:]):
+        raise ValueError("its history holds what is no number")
+    utils.check_tensors(checkpoint["training_weights"], model.state_dict())
+    adam = checkpoint["optimizer_state_dict"]
+    if history:
+        for i, weight in enumerate(model.parameters()):
+            like = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
+            utils.check_tensors(adam["state"][i], like)
+    torch.optim.AdamW(model.parameters()).load_state_dict(adam)
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -202,7 +219,7 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
             run.rmdir()
             raise
     optimizer.param_groups[0]["capturable"] = device.type == "cuda"  # on a CUDA graph
-    test_inputs, test_targets = utils.binarize_test_set(data.test_images, options["binarize"])
+    test_set = utils.binarize_test_set(data.test_images, options["binarize"])
     step = make_step(model, optimizer, data.train_images, options)
     num_weights = sum(weight.numel() for weight in model.parameters())
     num_images = len(data.train_images)
@@ -215,22 +232,18 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
         with utils.fast_matmul(), bar as progress:
             for epoch in range(first, options["epochs"] + 1):
                 started = time.perf_counter()
-                train_loss = train_epoch(step, model, average, data.train_images, epoch, options, progress)
+                bounds = train_epoch(step, model, average, data.train_images, epoch, options, progress).cpu()
                 seconds = time.perf_counter() - started
-                row = {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    **compute_test_losses(average, test_inputs, test_targets),
-                }
-                row |= {"images_per_second": num_images / seconds, "seconds": seconds}
-                check_finite(row, run)
-                history.append(row)
+                losses = (bounds.double().sum().item() / num_images, *compute_test_losses(average, *test_set))
+                check_finite(bounds, losses, epoch, run)
+                history.append(dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True)))
                 save(run, average, model, optimizer, options, history)
-                tqdm.write(epoch_line(row, options))
+                tqdm.write(epoch_line(history[-1], options))
                 if epoch == options["epochs"] or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
                     draw(run, average, data, options, history)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted: python train.py --resume {run} goes on") from None
+    except KeyboardInterrupt as error:
+        what = str(error) or "interrupted"
+        raise type(error)(f"{what}: python train.py --resume {run} goes on after epoch {len(history)}") from None
     return average, history, run
 
 
@@ -271,36 +284,37 @@ def train_epoch(
     epoch: int,
     options: dict[str, Any],
     progress: tqdm,
-) -> float:
-    """One pass over the images (N, 784) in a new order -> the mean bound on -log p(x), in nats per image."""
+) -> Tensor:
+    """One pass over the images (N, 784) in a new order -> each step's bound on -log p(x), in nats: (steps,)."""
     utils.seed_epoch(options["seed"], epoch)
     batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])
     starts = [epoch - 1 + i / len(batches) for i in range(len(batches))]  # in epochs
     rates = [(learning_rate(start, options), kl_weight(start, options)) for start in starts]
     rates = torch.tensor(rates, device=images.device)
-    total = torch.zeros((), device=images.device)  # stays there until the epoch ends
+    bounds = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     for i, batch in enumerate(batches):
-        total += step(batch, rates[i])
+        bounds[i] = step(batch, rates[i])
         if options["average"] and i % stride == 0:
             update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
         progress.update(len(batch))
-    return total.item() / len(images)
+    return bounds
 
 
-def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """The negative ELBO and its terms on the test set, in nats per image."""
+def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    """The negative ELBO on the test set and its terms, BCE and KL, in nats per image."""
     bce, kl = evaluate.elbo_terms(model, inputs, targets)
     bce, kl = bce.mean().item(), kl.sum(1).mean().item()
-    return {"test_loss": bce + kl, "test_bce": bce, "test_kl": kl}
+    return bce + kl, bce, kl
 
 
-def check_finite(row: dict[str, float], run: Path) -> None:
-    """Raises UserError where an epoch's losses are not finite."""
-    if not all(map(math.isfinite, row.values())):
-        losses = f"{row['train_loss']} in training, {row['test_loss']} on the test set"
-        held = f"{run} holds the model before it"
-        raise UserError(f"the loss of epoch {row['epoch']} is {losses}: try a smaller --lr. {held}")
+def check_finite(bounds: Tensor, losses: tuple[float, ...], epoch: int, run: Path) -> None:
+    """Raises UserError where a loss of an epoch's steps (steps,), or one after them, is not finite."""
+    bad = (~torch.isfinite(bounds)).nonzero().flatten().tolist()
+    if bad or not all(map(math.isfinite, losses)):
+        step = f"step {bad[0] + 1}" if bad else "the test after its last step"
+        cause = "the steps are likely too large: try a smaller --lr"
+        raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}. {run} holds epoch {epoch - 1}")
 
 
 def learning_rate(done: float, options: dict[str, Any]) -> float:
@@ -348,7 +362,7 @@ def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: dict[str,
     utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
     if history:
         text = io.StringIO()
-        writer = csv.DictWriter(text, history[0].keys())
+        writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
         writer.writerows(history)
         utils.write_atomically(run / "metrics.csv", text.getvalue().encode())

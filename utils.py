@@ -7,8 +7,10 @@ import io
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,10 @@ class DataUnavailable(UserError):
     """A data set that is neither in the data folder nor to be downloaded."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it before they kill: treated as Ctrl-C, with its own exit code."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that complains in one line too, and whose argument files may hold comments."""
 
@@ -57,6 +63,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
+        def terminate(*_: Any) -> None:
+            raise Terminated("terminated")
+
+        previous = signal.signal(signal.SIGTERM, terminate)
         try:
             main()
         except UserError as error:
@@ -71,9 +81,11 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 raise
             message, code = f"out of memory: try smaller sizes ({one_line(error)})", 2
         except KeyboardInterrupt as error:
-            message, code = str(error) or "interrupted", 130
+            message, code = str(error) or "interrupted", 143 if isinstance(error, Terminated) else 130
         else:
             return
+        finally:
+            signal.signal(signal.SIGTERM, previous)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(code)
 
@@ -282,14 +294,18 @@ def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is at every instant either the old one or the new one, whole. Raises OSError."""
+    """Writes a file that is at every instant, of a power cut too, either the old one or the new one, whole.
+
+    Follows no link at path, but replaces it. Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -297,10 +313,25 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def _sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk, on systems where that can be asked for."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Saves a dict of tensors and plain Python values. Raises OSError, leaving the file that was there."""
+    """Saves a dict of tensors and plain Python values, and keeps the file that was there as previous.pt.
+
+    Raises OSError, leaving the file that was there.
+    """
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    if path.is_file():
+        write_atomically(path.with_name("previous.pt"), path.read_bytes())
     write_atomically(path, buffer.getvalue())
 
 
@@ -313,19 +344,49 @@ def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:
     path = checkpoint_path(path)
     data = path.read_bytes()
     try:
+        if zipfile.is_zipfile(io.BytesIO(data)) and (name := zipfile.ZipFile(io.BytesIO(data)).testzip()):
+            raise ValueError(f"the checksum of {name} is wrong")  # which torch.load does not look at
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a damaged file is not documented
-        raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
+        message = f"{path} is damaged, or is not a checkpoint of plain tensors"
+        previous = path.with_name("previous.pt")
+        if path.name == "checkpoint.pt" and previous.is_file():
+            epoch = load_checkpoint(previous)[1].get("epoch")
+            message += f": {previous} is good, of epoch {epoch}, and can take its place"
+        raise UserError(message) from error
     try:
-        model = VAE(**dict(checkpoint["model"]))
-        model.load_state_dict(checkpoint["model_state_dict"])
-        if not all(torch.isfinite(weight).all() for weight in model.parameters()):
-            raise ValueError("its weights are not finite")
-        if not isinstance(checkpoint.get("options", {}), dict):
-            raise TypeError("its options are not a dict")
+        return _build_model(checkpoint), checkpoint
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)}") from error
-    return model, checkpoint
+
+
+def _build_model(checkpoint: dict[str, Any]) -> VAE:
+    """The model in a checkpoint. What it raises depends on what is wrong."""
+    config, weights = dict(checkpoint["model"]), dict(checkpoint["model_state_dict"])
+    with torch.device("meta"):  # a model of absurd sizes takes no memory here
+        check_tensors(weights, VAE(**config).state_dict())
+    options = checkpoint.get("options", {})
+    if not isinstance(options, dict):
+        raise TypeError("its options are not a dict")
+    for name, choices in {"dataset": DATASETS, "binarize": BINARIZE}.items():
+        if options.get(name, choices[0]) not in choices:
+            raise ValueError(f"its {name} is none of {', '.join(choices)}")
+    if type(checkpoint.get("epoch", 0)) is not int:
+        raise TypeError("its epoch is not a number")
+    model = VAE(**config)
+    model.load_state_dict(weights)
+    return model
+
+
+def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
+    """Raises ValueError where the names or shapes are not those of `like`, or a value is not a finite float."""
+    if missing := like.keys() ^ tensors.keys():
+        raise ValueError(f"its tensors are others: {', '.join(sorted(map(str, missing)))}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != like[name].shape or not tensor.is_floating_point():
+            raise ValueError(f"its {name} is not a tensor of floats of shape {tuple(like[name].shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"its {name} is not finite")
 
 
 def checkpoint_path(run: str | Path) -> Path:
@@ -344,10 +405,12 @@ def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     while True:
         number = 1 + max(_run_numbers(out_dir), default=0)
-        run = out_dir / f"{number:03d}-{dataset}-z{latent_size}"
-        with contextlib.suppress(FileExistsError):  # another run took the name since
-            run.mkdir()
-            return run
+        claim = out_dir / f"{number:03d}"
+        with contextlib.suppress(FileExistsError):  # of several runs that start at once, one makes this folder
+            claim.mkdir()
+            if _run_numbers(out_dir)[number] == claim:  # and no other had the number, and renamed its folder, before
+                return claim.rename(f"{claim}-{dataset}-z{latent_size}")
+            claim.rmdir()
 
 
 def newest_run(out_dir: str | Path) -> Path:
@@ -359,5 +422,5 @@ def newest_run(out_dir: str | Path) -> Path:
 
 
 def _run_numbers(out_dir: Path) -> dict[int, Path]:
-    runs = out_dir.iterdir() if out_dir.is_dir() else ()
-    return {int(match[1]): run for run in runs if (match := re.match(r"(\d+)-", run.name))}
+    runs = sorted(out_dir.iterdir()) if out_dir.is_dir() else ()
+    return {int(match[1]): run for run in runs if (match := re.match(r"(\d+)(-|$)", run.name))}
