@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 try:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
     from tqdm import tqdm
 
     import evaluate
@@ -81,7 +82,7 @@ def train(
     options = {name: value for name, value in locals().items() if name not in ("data_dir", "out_dir")}
     check_options(options)
     flush_denormals()
-    data = utils.load_dataset(dataset, data_dir)
+    data = utils.load_dataset_once(dataset, data_dir)
     options["dataset"] = data.name
     if epochs is None:
         options["epochs"] = 150 if data.name == "mnist-5k" else 20
@@ -90,7 +91,8 @@ def train(
     if init == "burda2016":
         initialize(model, data.train_images)
     checkpoint = {"options": options, "epoch": 0, "history": [], "training_weights": model.state_dict()}
-    return _fit(model, checkpoint, data, utils.new_run_folder(out_dir, data.name, latent_size))
+    run = utils.on_rank_0(lambda: utils.new_run_folder(out_dir, data.name, latent_size))
+    return _fit(model, checkpoint, data, run)
 
 
 def resume(
@@ -103,10 +105,10 @@ def resume(
     Returns and raises as train does.
     """
     flush_denormals()
-    path = utils.checkpoint_path(run)
+    path = utils.on_rank_0(lambda: utils.checkpoint_path(run))
     if path.name != "checkpoint.pt":
         raise UserError(f"--resume goes on in a run folder, whose checkpoint.pt it replaces: {path} is not one")
-    model, checkpoint = utils.load_checkpoint(path)
+    model, checkpoint = utils.on_rank_0(lambda: utils.load_checkpoint(path))
     changes = {"epochs": epochs, "device": device}
     try:
         options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
@@ -117,7 +119,7 @@ def resume(
         raise UserError(f"{path} cannot be resumed, only evaluated: {reason}") from error
     if options["epochs"] <= checkpoint["epoch"]:
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
-    data = utils.load_dataset(options["dataset"], data_dir)
+    data = utils.load_dataset_once(options["dataset"], data_dir)
     for left in path.parent.glob(".*.pt.*.part"):  # by a run that was killed while it wrote
         left.unlink()
     return _fit(model, checkpoint | {"options": options}, data, path.parent)
@@ -202,6 +204,10 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     """Trains from a checkpoint's state to its options' number of epochs, and saves all after each epoch."""
     options, history, first = checkpoint["options"], checkpoint["history"], checkpoint["epoch"] + 1
 
+    rank, ranks = utils.rank_and_ranks()
+    if options["batch_size"] < ranks:
+        raise UserError(f"--batch-size is that of all {ranks} processes together: {options['batch_size']} is too few")
+
     # Set up: the weights that Adam changes, and their running average, which is what is evaluated and kept
     device = utils.choose_device(options["device"])
     data = data.to(device)
@@ -212,7 +218,7 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], eps=eps, weight_decay=decay, fused=True)
     if "optimizer_state_dict" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-    else:
+    elif rank == 0:
         try:
             save(run, average, model, optimizer, options, history)
         except BaseException:
@@ -223,12 +229,14 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     step = make_step(model, optimizer, data.train_images, options)
     num_weights = sum(weight.numel() for weight in model.parameters())
     num_images = len(data.train_images)
-    print(f"{data.name}: {num_images:,} training images; {num_weights:,} weights on {device}; writing to {run}")
+    if rank == 0:
+        where = f"{device}, {ranks} processes" if ranks > 1 else device
+        print(f"{data.name}: {num_images:,} training images; {num_weights:,} weights on {where}; writing to {run}")
 
     # Train
     total, done = options["epochs"] * num_images, (first - 1) * num_images
     try:
-        bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None)
+        bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
         with utils.fast_matmul(), bar as progress:
             for epoch in range(first, options["epochs"] + 1):
                 started = time.perf_counter()
@@ -237,6 +245,8 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
                 losses = (bounds.double().sum().item() / num_images, *compute_test_losses(average, *test_set))
                 check_finite(bounds, losses, epoch, run)
                 history.append(dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True)))
+                if rank > 0:
+                    continue
                 save(run, average, model, optimizer, options, history)
                 tqdm.write(epoch_line(history[-1], options))
                 if epoch == options["epochs"] or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
@@ -247,33 +257,51 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     return average, history, run
 
 
+class Objective(nn.Module):
+    """What Adam minimizes, as a module, since that is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: VAE, options: dict[str, Any]):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, inputs: Tensor, targets: Tensor, kl_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 784) twice -> the loss, and the bound on -log p(x), both in nats for the whole batch."""
+        z, logvar, mu = self.model.encode(inputs)
+        if self.options["objective"] == "iwae":
+            eps = torch.randn(self.options["importance_samples"], *mu.shape, device=mu.device)
+            log_weights = log_importance_weights(self.model.decoder, targets, logvar, mu, eps)
+            bound = nll_from_log_weights(log_weights).sum()
+            return bound, bound
+        bce, kl = loss_terms(self.model.decoder.logits(z), targets, logvar, mu)
+        return bce + kl_weight * kl, bce + kl
+
+
 def make_step(
     model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: dict[str, Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """-> step(batch, rates), which takes one step of Adam on the images (N, 784) uint8 at the indices batch (B,).
 
     rates (2,) holds the learning rate and the weight of the KL. The step returns the bound on -log p(x) that it found,
-    in nats for the whole batch. Nothing in it makes the CPU wait for a GPU.
+    in nats for the whole batch. Nothing in it makes the CPU wait for a GPU. With several processes, batch is the share
+    of this one, and the gradients are those of all shares together.
     """
+    _, ranks = utils.rank_and_ranks()
+    objective = Objective(model, options)
+    if ranks > 1:
+        objective = DistributedDataParallel(objective)
+    scale = torch.tensor(float(ranks), device=images.device)  # undoes DDP's mean over ranks: the loss is a sum
 
     def step(batch: Tensor, rates: Tensor) -> Tensor:
         lr, kl_weight = rates.unbind()
         inputs, targets = utils.binarize(images.index_select(0, batch), options["binarize"])
-        z, logvar, mu = model.encode(inputs)
-        if options["objective"] == "iwae":
-            eps = torch.randn(options["importance_samples"], *mu.shape, device=images.device)
-            loss = bound = nll_from_log_weights(log_importance_weights(model.decoder, targets, logvar, mu, eps)).sum()
-        else:
-            bce, kl = loss_terms(model.decoder.logits(z), targets, logvar, mu)
-            loss, bound = bce + kl_weight * kl, bce + kl
-
+        loss, bound = objective(inputs, targets, kl_weight)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward(scale.to(loss.dtype))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         return bound.detach()
 
-    return utils.CudaGraph(step) if images.is_cuda else step
+    return utils.CudaGraph(step) if images.is_cuda and ranks == 1 else step
 
 
 def train_epoch(
@@ -286,25 +314,30 @@ def train_epoch(
     progress: tqdm,
 ) -> Tensor:
     """One pass over the images (N, 784) in a new order -> each step's bound on -log p(x), in nats: (steps,)."""
+    rank, ranks = utils.rank_and_ranks()
     utils.seed_epoch(options["seed"], epoch)
-    batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])
+    batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])  # the same on every rank
+    if rank > 0:
+        utils.seed_epoch(options["seed"], epoch, rank)  # other noise
     starts = [epoch - 1 + i / len(batches) for i in range(len(batches))]  # in epochs
     rates = [(learning_rate(start, options), kl_weight(start, options)) for start in starts]
     rates = torch.tensor(rates, device=images.device)
     bounds = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     for i, batch in enumerate(batches):
-        bounds[i] = step(batch, rates[i])
+        bounds[i] = step(batch[rank::ranks], rates[i])
         if options["average"] and i % stride == 0:
             update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
         progress.update(len(batch))
-    return bounds
+    return utils.sum_over_ranks(bounds)
 
 
 def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
     """The negative ELBO on the test set and its terms, BCE and KL, in nats per image."""
-    bce, kl = evaluate.elbo_terms(model, inputs, targets)
-    bce, kl = bce.mean().item(), kl.sum(1).mean().item()
+    rank, ranks = utils.rank_and_ranks()
+    bce, kl = evaluate.elbo_terms(model, inputs[rank::ranks], targets[rank::ranks])
+    sums = utils.sum_over_ranks(torch.stack([bce.sum(), kl.sum()]))
+    bce, kl = (sums / len(inputs)).tolist()
     return bce + kl, bce, kl
 
 
@@ -465,14 +498,16 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 @utils.command
 def main() -> None:
     given = vars(parse_args())
-    if "resume" not in given:
-        _, _, run = train(**given)
-    else:
-        if fixed := given.keys() - {"resume", "epochs", "data_dir", "device"}:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(fixed))
-            raise UserError(f"a resumed run keeps its own {names}: --resume takes --epochs, --data-dir and --device")
-        _, _, run = resume(given.pop("resume"), **given)
-    print(f"done: now try python evaluate.py {run}")
+    with utils.process_group():
+        if "resume" not in given:
+            _, _, run = train(**given)
+        else:
+            if fixed := given.keys() - {"resume", "epochs", "data_dir", "device"}:
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(fixed))
+                raise UserError(f"a resumed run keeps its own {names}: --resume takes --epochs, --data-dir, --device")
+            _, _, run = resume(given.pop("resume"), **given)
+        if utils.rank_and_ranks()[0] == 0:
+            print(f"done: now try python evaluate.py {run}")
 
 
 if __name__ == "__main__":

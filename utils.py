@@ -12,10 +12,12 @@ import socket
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model import VAE
@@ -86,7 +88,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             return
         finally:
             signal.signal(signal.SIGTERM, previous)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        name = Path(sys.argv[0]).name + (f" on rank {os.environ['RANK']}" if "RANK" in os.environ else "")
+        print(f"{name}: error: {message}", file=sys.stderr)
         sys.exit(code)
 
     return wrapped
@@ -109,6 +112,42 @@ def choose_device(name: str = "auto") -> torch.device:
     if not available[name]:
         raise UserError(f"PyTorch {torch.__version__} finds no {name} device on this machine: try --device auto")
     return torch.device(name)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that torchrun started, each with a GPU of its own where there are GPUs; else does nothing."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(seconds=60))  # gloo for what is on the CPU, NCCL for what is on GPUs
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """The number of this process, and how many there are: 0, 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """What function returns on rank 0, on every rank."""
+    rank, ranks = rank_and_ranks()
+    result = [function() if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Adds up a tensor of every rank, in place."""
+    if rank_and_ranks()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @contextlib.contextmanager
@@ -154,9 +193,9 @@ class CudaGraph:
         return self.result
 
 
-def seed_epoch(seed: int, epoch: int) -> None:
+def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
     """Seeds PyTorch's generators for one epoch, so that a resumed run draws what the uninterrupted one would have."""
-    torch.manual_seed(seed * 2**20 + epoch)
+    torch.manual_seed((seed * 2**20 + epoch + rank * 0x9E3779B97F4A7C15) % 2**63)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,6 +212,16 @@ class Dataset(NamedTuple):
 
     def to(self, device: torch.device) -> "Dataset":
         return Dataset(self.name, self.classes, *(tensor.to(device) for tensor in self[2:]))
+
+
+def load_dataset_once(name: str, data_dir: str | Path) -> Dataset:
+    """load_dataset on every rank, but first on one of each machine, which downloads what is not there."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        if is_first == turn:
+            data = load_dataset(name, data_dir)
+        sum_over_ranks(torch.zeros(1))  # all wait for all
+    return data
 
 
 def load_dataset(name: str = "auto", data_dir: str | Path = "data") -> Dataset:
@@ -351,8 +400,9 @@ def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:
         message = f"{path} is damaged, or is not a checkpoint of plain tensors"
         previous = path.with_name("previous.pt")
         if path.name == "checkpoint.pt" and previous.is_file():
-            epoch = load_checkpoint(previous)[1].get("epoch")
-            message += f": {previous} is good, of epoch {epoch}, and can take its place"
+            with contextlib.suppress(UserError):
+                epoch = load_checkpoint(previous)[1].get("epoch")
+                message += f": {previous} is good, of epoch {epoch}, and can take its place"
         raise UserError(message) from error
     try:
         return _build_model(checkpoint), checkpoint

@@ -1,0 +1,133 @@
+"""Several processes, as torchrun starts them, train as one does."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import utils
+from model import VAE
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = {"hidden_size": 32, "latent_size": 4, "dataset": "mnist-5k", "device": "cpu"}
+ARGS = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+HEADER = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+import train, utils
+from model import VAE
+from tests.test_distributed import first_gradients
+train.draw = lambda *args: None
+"""
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without distributed")
+
+
+def torchrun(ranks: int, script: Path, *args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(script), *args], capture_output=True, text=True, timeout=100, env=env)
+
+
+def first_gradients(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of the first step on a batch of 127, with noise that is a function of the image alone."""
+    rank, ranks = utils.rank_and_ranks()
+    utils.binarize = lambda images, mode: ((images / 255).round(),) * 2
+    torch.randn_like = lambda std: torch.sin(10 * std.detach())
+    torch.manual_seed(0)
+    model = VAE(784, 32, 4)
+    options = {"binarize": "dynamic", "objective": "elbo"}
+    step = train.make_step(model, torch.optim.Adam(model.parameters()), images, options)
+    step(torch.arange(127)[rank::ranks], torch.tensor([1e-3, 0.7]))
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def test_gradients_of_the_first_step(tmp_path: Path, digits: utils.Dataset, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "script.py").write_text(
+        HEADER
+        + """
+with utils.process_group():
+    gradients = first_gradients(torch.load("images.pt"))
+    if dist.get_rank() == 0:
+        torch.save(gradients, "gradients.pt")
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save(digits.test_images, "images.pt")
+    done = torchrun(2, tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "binarize", utils.binarize)
+        patch.setattr(torch, "randn_like", torch.randn_like)
+        expected = first_gradients(digits.test_images)
+    gradients = torch.load("gradients.pt")
+    for name, gradient in expected.items():
+        assert torch.linalg.norm(gradients[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
+
+
+def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path):
+    done = torchrun(2, ROOT / "train.py", *ARGS, "--epochs=2", f"--out-dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == done.stdout.count("done: now try") == 1
+    run = tmp_path / "001-mnist-5k-z4"
+    assert len(list(tmp_path.iterdir())) == 1
+    _, history, _ = train.train(**OPTIONS, epochs=3, out_dir=str(tmp_path))
+    _, resumed, _ = train.resume(run, epochs=3)
+    for name in ("train_loss", "test_loss"):
+        assert [row[name] for row in resumed] == pytest.approx([row[name] for row in history], rel=0.02)
+
+    done = torchrun(2, ROOT / "train.py", f"--resume={run}", "--epochs=4")
+    assert done.returncode == 0, done.stderr
+    assert utils.load_checkpoint(run)[1]["epoch"] == 4
+
+
+def test_three_ranks_use_every_image_once(tmp_path: Path):
+    """4,500 images in batches of 128 leave 20 for the last, and batches of 2,249 leave 2: fewer than ranks."""
+    (tmp_path / "script.py").write_text(
+        HEADER
+        + """
+make_step, seen = train.make_step, []
+def recording(*args):
+    step = make_step(*args)
+    def recorded(batch, rates):
+        seen.extend(batch.tolist())
+        return step(batch, rates)
+    return recorded
+train.make_step = recording
+train.main()
+print("\\nseen", seen)
+"""
+    )
+    for batch_size in (128, 2249):
+        args = (*ARGS, "--epochs=1", f"--batch-size={batch_size}", f"--out-dir={tmp_path / 'runs'}")
+        done = torchrun(3, tmp_path / "script.py", *args)
+        assert done.returncode == 0, done.stderr
+        seen = [eval(line.removeprefix("seen ")) for line in done.stdout.splitlines() if line.startswith("seen ")]
+        assert len(seen) == 3
+        assert sorted(i for of_rank in seen for i in of_rank) == list(range(4500))
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_a_good_checkpoint(tmp_path: Path):
+    (tmp_path / "script.py").write_text(
+        HEADER
+        + """
+train_epoch = train.train_epoch
+def dying(*args):
+    if args[4] == 3 and os.environ["RANK"] == "1":
+        os._exit(9)
+    return train_epoch(*args)
+train.train_epoch = dying
+train.main()
+"""
+    )
+    started = time.monotonic()
+    done = torchrun(2, tmp_path / "script.py", *ARGS, "--epochs=50", f"--out-dir={tmp_path / 'runs'}")
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60
+    assert utils.load_checkpoint(tmp_path / "runs" / "001-mnist-5k-z4")[1]["epoch"] == 2

@@ -1,0 +1,307 @@
+"""A run that is killed, interrupted, out of disk or damaged loses the epoch in flight at most."""
+
+import csv
+import multiprocessing
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+import utils
+from model import VAE, kl_divergence, loss_terms
+from utils import UserError
+
+OPTIONS = {"hidden_size": 16, "latent_size": 3, "batch_size": 100, "device": "cpu", "dataset": "mnist-5k"}
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["train", "hypothesis", "pytest"])
+
+
+def few_digits(digits: utils.Dataset) -> utils.Dataset:
+    return utils.Dataset(digits.name, digits.classes, *(tensor[::10] for tensor in digits[2:]))
+
+
+@pytest.fixture
+def small(digits: utils.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "load_dataset", lambda name, data_dir: few_digits(digits))
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+
+
+def train_or_resume(out_dir: Path, data: utils.Dataset, epochs: int, max_file_size: int = 0) -> None:
+    """In a process of its own: goes on with the newest run that has a checkpoint, or starts one. Errors go to a file."""
+    sys.stderr = open(out_dir / "errors", "w")
+    utils.load_dataset = lambda name, data_dir: data
+    train.draw = lambda *args: None
+    if max_file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
+    try:
+        run = utils.newest_run(out_dir)
+    except UserError:
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+        sys.argv = ["train.py", *arguments, f"--out-dir={out_dir}", f"--epochs={epochs}"]
+    else:
+        sys.argv = ["train.py", f"--resume={run}", f"--epochs={epochs}"]
+    train.main()
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
+    parts = ("model_state_dict", "training_weights")
+    return all(torch.equal(a[part][name], b[part][name]) for part in parts for name in a[part])
+
+
+def epochs_in_csv(run: Path) -> list[int]:
+    with open(run / "metrics.csv") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, interrupted, out of disk
+
+
+@pytest.mark.usefixtures("small")
+def test_killed_at_random_moments(tmp_path: Path, digits: utils.Dataset):
+    data, moments = few_digits(digits), random.Random(0)
+    out_dir, epoch, kills = tmp_path / "killed", 0, 0
+    out_dir.mkdir()
+    while kills < 12:
+        process = processes.Process(target=train_or_resume, args=(out_dir, data, 10**6))
+        process.start()
+        time.sleep(moments.uniform(0.5, 2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        if any(out_dir.glob("*/checkpoint.pt")):
+            run = utils.newest_run(out_dir)
+            reached = utils.load_checkpoint(run)[1]["epoch"]
+            assert reached >= epoch
+            epoch = reached
+    assert epoch > 12
+    train.resume(run, epochs=epoch + 2)
+    assert epochs_in_csv(run) == list(range(1, epoch + 3))
+    assert not list(run.glob(".*.part"))
+    _, _, straight = train.train(**OPTIONS, epochs=epoch + 2, out_dir=str(tmp_path))
+    assert same_weights(run, straight)
+
+
+@pytest.mark.usefixtures("small")
+def test_disk_full(tmp_path: Path, digits: utils.Dataset):
+    data = few_digits(digits)
+    _, _, straight = train.train(**OPTIONS, epochs=4, out_dir=str(tmp_path))
+    _, _, run = train.train(**OPTIONS, epochs=2, out_dir=str(tmp_path / "full"))
+    before = (run / "checkpoint.pt").read_bytes()
+    process = processes.Process(target=train_or_resume, args=(run.parent, data, 4, len(before) // 2))
+    process.start()
+    process.join()
+    assert process.exitcode == 2
+    error = (run.parent / "errors").read_text()
+    assert str(run) in error
+    assert error.count("\n") == 1
+    assert (run / "checkpoint.pt").read_bytes() == before
+    train.resume(run, epochs=4)
+    assert same_weights(run, straight)
+    assert epochs_in_csv(run) == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_say_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path):
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    args = [sys.executable, "-u", train.__file__, *arguments, "--epochs=10000", f"--out-dir={tmp_path}"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch     2"):
+                process.send_signal(number)
+                break
+        _, error = process.communicate()
+    run = tmp_path / "001-mnist-5k-z3"
+    assert process.returncode == code
+    assert f"--resume {run} goes on after epoch {utils.load_checkpoint(run)[1]['epoch']}" in error
+    assert error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite
+
+
+@pytest.mark.usefixtures("small")
+def test_overflow_is_stopped_before_it_is_saved(tmp_path: Path):
+    _, _, run = train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    checkpoint["training_weights"]["latent_z.logvar.bias"].fill_(1e4)
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
+    before = (run / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError, match=r"not finite in epoch 2, step 1;.*holds epoch 1"):
+        train.resume(run, epochs=2)
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+@pytest.mark.parametrize("bias", [-1e4, 0.0, 1e4])
+def test_extreme_images_and_logits(batch_size: int, pixel: float, bias: float):
+    """The BCE of logits far off is their size, where they are wrong, and 0 where they are right."""
+    model = VAE(20, 8, 2)
+    torch.nn.init.zeros_(model.decoder.fc2.weight)
+    torch.nn.init.constant_(model.decoder.fc2.bias, bias)
+    x = torch.full((batch_size, 20), pixel)
+    z, logvar, mu = model.encode(x)
+    bce, kl = loss_terms(model.decoder.logits(z), x, logvar, mu)
+    (bce + kl).backward()
+    assert torch.isfinite(kl_divergence(logvar, mu)).all()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())
+    wrong = abs(bias) if (bias > 0) != (pixel > 0) else 0.0
+    assert bce.item() == pytest.approx(batch_size * 20 * (wrong if bias else 0.6931472), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged files, and input not to be trusted
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "checkpoint.pt"
+    vae = VAE(30, 8, 2)
+    utils.save_checkpoint(path, {"model": vae.config, "model_state_dict": vae.state_dict(), "epoch": 3})
+    return path.read_bytes()
+
+
+def load(data: bytes, folder: Path) -> dict | None:
+    """The weights in a file of these bytes, or None where they are refused."""
+    (folder / "model.pt").write_bytes(data)
+    try:
+        return utils.load_checkpoint(folder / "model.pt")[0].state_dict()
+    except UserError as error:
+        assert str(folder / "model.pt") in str(error)
+        return None
+
+
+def test_truncated_files(whole_file: bytes, tmp_path: Path):
+    assert load(whole_file, tmp_path)
+    for percent in range(100):
+        assert load(whole_file[: len(whole_file) * percent // 100], tmp_path) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(flips=st.lists(st.tuples(st.integers(0, 10**6 - 1), st.integers(1, 255)), min_size=1, max_size=5))
+def test_flipped_bytes_never_load_wrong(flips: list, whole_file: bytes, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.getbasetemp()
+    data = bytearray(whole_file)
+    for place, mask in flips:
+        data[place * len(data) // 10**6] ^= mask
+    weights, original = load(bytes(data), folder), load(whole_file, folder)
+    assert weights is None or all(torch.equal(weights[name], original[name]) for name in original)
+
+
+def test_a_damaged_checkpoint_names_the_one_before(whole_file: bytes, tmp_path: Path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(whole_file[:-1000])
+    (tmp_path / "previous.pt").write_bytes(whole_file)
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged.*previous.pt is good, of epoch 3"):
+        utils.load_checkpoint(path)
+    (tmp_path / "previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged") as error:
+        utils.load_checkpoint(path)
+    assert "previous.pt" not in str(error.value)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c["optimizer_state_dict"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda c: c["optimizer_state_dict"]["state"][1].update(exp_avg_sq=3),
+        lambda c: c["optimizer_state_dict"]["state"].pop(2),
+        lambda c: c["optimizer_state_dict"].update(param_groups=[]),
+        lambda c: c["training_weights"].update({"encoder.fc1.weight": torch.zeros(16, 784, dtype=torch.int64)}),
+        lambda c: c["history"][0].update(test_kl="12"),
+        lambda c: c["history"][0].update(epoch=2),
+        lambda c: c["history"][0].pop("seconds"),
+        lambda c: c.update(epoch=2),
+    ],
+)
+def test_a_training_state_that_does_not_fit_is_refused(damage: Callable[[dict], object], tmp_path: Path):
+    _, _, run = train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    damage(checkpoint)
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train.resume(run, epochs=3)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_name_in_a_checkpoint_is_never_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read = []
+    monkeypatch.setattr(
+        utils,
+        "load_dataset",
+        lambda name, data_dir, load=utils.load_dataset: read.append(data_dir) or load(name, data_dir),
+    )
+    _, _, run = train.train(**OPTIONS, epochs=1, data_dir="mine", out_dir=str(tmp_path))
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    checkpoint["options"] |= {"data_dir": str(tmp_path / "theirs"), "out_dir": str(tmp_path / "theirs")}
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
+    train.resume(run, epochs=2)
+    assert read == ["mine", "data"]
+    assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_links_are_replaced_not_followed(tmp_path: Path):
+    _, _, run = train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    for name in ("metrics.csv", "previous.pt"):
+        (run / name).unlink()
+        (run / name).symlink_to(outside)
+    train.resume(run, epochs=2)
+    assert outside.read_text() == "mine"
+    assert epochs_in_csv(run) == [1, 2]
+    (tmp_path / "002").symlink_to(outside)
+    assert train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))[2].name == "003-mnist-5k-z3"
+
+
+def test_runs_started_together_get_numbers_of_their_own(tmp_path: Path):
+    with ThreadPoolExecutor(16) as pool:
+        runs = list(pool.map(lambda i: utils.new_run_folder(tmp_path / "runs", "mnist", i), range(100)))
+    assert sorted(int(run.name[:3]) for run in runs) == list(range(1, 101))
+
+
+words = st.sampled_from(
+    sorted({"--epochs", "--lr", "--beta", "--seed", "--device", "--dataset", "--resume", "@x", "-h1"})
+)
+values = st.one_of(
+    st.text(max_size=5),
+    st.integers().map(str),
+    st.sampled_from(["nan", "inf", "1e-3", "-0.5", "1e400"]),
+    st.sampled_from(["cpu", "", "@", "--"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(args=st.lists(st.one_of(words, values), max_size=6))
+def test_any_command_line_is_taken_or_refused(args: list[str]):
+    """Parsed and found good, or refused by a UserError: main makes one line of it."""
+    try:
+        options = vars(train.parse_args(args))
+    except (UserError, OSError):
+        return
+    if "resume" not in options:
+        defaults = {
+            name: parameter.default for name, parameter in train.inspect.signature(train.train).parameters.items()
+        }
+        try:
+            train.check_options(defaults | options)
+        except UserError as error:
+            assert "\n" not in utils.one_line(error)
