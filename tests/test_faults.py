@@ -38,8 +38,11 @@ def small(digits: utils.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train_or_resume(out_dir: Path, data: utils.Dataset, epochs: int, max_file_size: int = 0) -> None:
-    """In a process of its own: goes on with the newest run that has a checkpoint, or starts one. Errors go to a file."""
-    sys.stderr = open(out_dir / "errors", "w")
+    """In a process of its own: goes on with the newest run that has a checkpoint, or starts one.
+
+    What it would print as an error is found in a file.
+    """
+    sys.stderr = (out_dir / "errors").open("w")
     utils.load_dataset = lambda name, data_dir: data
     train.draw = lambda *args: None
     if max_file_size:
