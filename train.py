@@ -173,6 +173,8 @@ def check_options(options: dict[str, Any]) -> None:
     if options["objective"] == "iwae" and (options["beta"] != 1 or options["kl_warmup"] > 0):
         raise UserError("--beta and --kl-warmup are for --objective elbo: iwae has no KL to weigh")
     utils.choose_device(options["device"])
+    _, ranks = utils.rank_and_ranks()
+    check("batch_size", f"{ranks} or more, for as many processes", options["batch_size"] >= ranks)
 
 
 @torch.no_grad()
@@ -205,8 +207,6 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
     options, history, first = checkpoint["options"], checkpoint["history"], checkpoint["epoch"] + 1
 
     rank, ranks = utils.rank_and_ranks()
-    if options["batch_size"] < ranks:
-        raise UserError(f"--batch-size is that of all {ranks} processes together: {options['batch_size']} is too few")
 
     # Set up: the weights that Adam changes, and their running average, which is what is evaluated and kept
     device = utils.choose_device(options["device"])
@@ -253,7 +253,7 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
                     draw(run, average, data, options, history)
     except KeyboardInterrupt as error:
         what = str(error) or "interrupted"
-        raise type(error)(f"{what}: python train.py --resume {run} goes on after epoch {len(history)}") from None
+        raise type(error)(f"{what}: python train.py --resume {run} goes on") from None
     return average, history, run
 
 

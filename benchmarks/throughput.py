@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import evaluate
 import train
@@ -119,13 +120,14 @@ def matrix_products(data: Dataset, args: Any, dtype: torch.dtype, precision: str
 def take_turns(loops: dict[str, Measurement], repeats: int) -> dict[str, list[float]]:
     """-> the seconds of each loop's passes. A first pass of each, to warm up, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for repeat in range(repeats + 1):
-        for name, measure in loops.items():
-            duration = measure()
-            if repeat > 0:
-                seconds[name].append(duration)
-            print(f"\r{repeat}/{repeats} {name:60s}", end="", file=sys.stderr, flush=True)
-    print(f"\r{'':70s}\r", end="", file=sys.stderr)
+    with tqdm(total=(repeats + 1) * len(loops), unit=" passes", leave=False, disable=None) as progress:
+        for repeat in range(repeats + 1):
+            for name, measure in loops.items():
+                progress.set_description(name)
+                duration = measure()
+                progress.update()
+                if repeat > 0:
+                    seconds[name].append(duration)
     return seconds
 
 
@@ -145,8 +147,10 @@ def compare(data: Dataset, args: Any) -> dict[str, Any]:
     print("| loop | images/s | time, in that of train.py |\n| --- | --- | --- |")
     for name, median in medians.items():
         print(f"| {name} | {len(data.train_images) / median:,.0f} | {median / medians['train.py']:.2f} |")
-    print(f"train.py is {faster:.1f} times as fast as the conventional loop,")
-    print(f"and takes {slower:.1f} times as long as its {floor} alone")
+    print(
+        f"train.py is {faster:.1f} times as fast as the conventional loop, and takes {slower:.1f} times as long as its"
+    )
+    print(f"{floor}, alone")
     if args.picture:
         speeds = {name: len(data.train_images) / medians[name] for name in ("conventional", "train.py", floor)}
         evaluate.save_figure(draw_speeds(speeds, title(args)), Path(args.picture))

@@ -130,8 +130,9 @@ def test_signals_say_how_to_go_on(number: signal.Signals, code: int, tmp_path: P
         _, error = process.communicate()
     run = tmp_path / "001-mnist-5k-z3"
     assert process.returncode == code
-    assert f"--resume {run} goes on after epoch {utils.load_checkpoint(run)[1]['epoch']}" in error
+    assert f"--resume {run} goes on" in error
     assert error.count("\n") == 1
+    assert utils.load_checkpoint(run)[1]["epoch"] >= 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -389,24 +389,6 @@ def test_too_large_for_memory(tmp_path: Path, fails: Callable):
     assert "memory" in message
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path):
-    """SIGINT to a real process after its second epoch."""
-    args = [sys.executable, "-u", train.__file__, *SMALL_ARGS, "--epochs=10000", f"--out-dir={tmp_path}"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch     2"):
-                process.send_signal(signal.SIGINT)
-                break
-        _, error = process.communicate()
-    run = tmp_path / "001-mnist-5k-z3"
-    assert process.returncode == 130
-    assert f"--resume {run}" in error
-    assert error.count("\n") == 1
-    epoch = saved(run)["epoch"]
-    assert epoch >= 2
-    assert len(train.resume(run, epochs=epoch + 1)[1]) == epoch + 1
-
-
 @pytest.mark.parametrize("package", ["torch", "tqdm", "mlxtend", "matplotlib"])
 def test_missing_package(package: str, tmp_path: Path):
     """A real process in which the package can't be imported."""

@@ -1,0 +1,80 @@
+"""The benchmarks run, and their figures are those of what they say they measure."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import throughput
+
+SMALL = ["--dataset=mnist-5k", "--images=600", "--hidden-size=16", "--latent-size=2", "--repeats=2", "--device=cpu"]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: str) -> dict:
+    monkeypatch.setattr("sys.argv", ["throughput.py", *args])
+    throughput.main()
+    (path,) = (arg.removeprefix("--json=") for arg in args if arg.startswith("--json="))
+    return json.loads(Path(path).read_text())
+
+
+def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    arguments = (*SMALL, f"--json={tmp_path / 'all.json'}", f"--picture={tmp_path / 'speeds.png'}")
+    measured = call(monkeypatch, *arguments)
+    seconds = measured["seconds"]
+    assert {len(values) for values in seconds.values()} == {2}
+    ratios = [a / b for a, b in zip(seconds["conventional"], seconds["train.py"], strict=True)]
+    assert measured["speedup"] == pytest.approx(statistics.median(ratios))
+    assert min(map(statistics.median, seconds.values())) == statistics.median(seconds[measured["floor"]])
+    assert (tmp_path / "speeds.png").read_bytes().startswith(b"\x89PNG")
+    images_per_second = 600 / statistics.median(seconds["train.py"])
+    assert f"| train.py | {images_per_second:,.0f} | 1.00 |" in capsys.readouterr().out
+
+
+def test_the_floor_is_the_layers_arithmetic(monkeypatch: pytest.MonkeyPatch):
+    """Multiply-adds of one step: 3 a weight and image, but 2 in the first layer, which needs no gradient of images."""
+    counted = []
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b, matmul=torch.matmul: counted.append(a.shape[0] * a.shape[1] * b.shape[1]) or matmul(a, b),
+    )
+    parser_defaults = {"batch_size": 60, "hidden_size": 16, "latent_size": 2, "device": "cpu"}
+    data = throughput.utils.load_dataset("mnist-5k")
+    args = type("Args", (), parser_defaults)
+    throughput.matrix_products(throughput.first_images(data, 600), args, torch.float32, "highest")()
+    weights = 784 * 16 + 16 * 16 + 2 * 16 * 2 + 2 * 16 + 16 * 784
+    assert sum(counted) == (10 + 10) * 60 * (3 * weights - 784 * 16)  # ten steps to warm up
+
+
+def test_tricks_can_be_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured = call(monkeypatch, "tricks", *SMALL, f"--json={tmp_path / 'all.json'}")
+    assert len(measured["seconds"]) == len(throughput.TRICKS) - 1 + 2  # on the CPU no graph, but with all and with none
+    with throughput.without(*throughput.TRICKS):
+        assert throughput.train.AVERAGES_PER_EPOCH == 10**9
+        torch.manual_seed(0)
+        images = torch.full((4000, 10), 64, dtype=torch.uint8)
+        sample, _ = throughput.utils.binarize(images, "dynamic")
+        assert sample.mean().item() == pytest.approx(64 / 255, abs=0.01)
+    assert throughput.train.AVERAGES_PER_EPOCH == 50
+
+
+def test_scaling_is_drawn():
+    sizes = {"batch_size": (1, 2), "hidden_size": (3, 4), "images": [5, 6]}
+    seconds = {name: {"conventional": [1.0, 2.0], "train.py": [0.1, 0.2]} for name in sizes}
+    figure = throughput.draw_scaling(sizes, seconds, "title")
+    for axes, values in zip(figure.axes, sizes.values(), strict=True):
+        assert [list(line.get_xdata()) for line in axes.lines] == [list(values)] * 2
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("option", ["--repeats=0", "--threads=-1", "--batch-size=x", "--dataset=none"])
+def test_bad_options(option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr("sys.argv", ["throughput.py", option])
+    with pytest.raises(SystemExit) as stop:
+        throughput.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert option.split("=")[0] in error
+    assert error.count("\n") == 1
