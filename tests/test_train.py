@@ -6,7 +6,6 @@ import errno
 import inspect
 import math
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
