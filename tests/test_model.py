@@ -249,3 +249,11 @@ def test_compiled_model_agrees(device: str, dtype: torch.dtype):
     torch.testing.assert_close(loss(compiled), loss(vae))
     loss(compiled).backward()
     assert all(torch.isfinite(weight.grad).all() for weight in vae.parameters())
+
+
+def test_torch_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From another folder, as an experiment elsewhere would."""
+    monkeypatch.chdir(tmp_path)
+    vae = torch.hub.load(str(Path(__file__).parent.parent), "vae", source="local", latent_size=3)
+    assert vae.config == VAE(latent_size=3).config
+    assert vae(torch.zeros(2, 784))[0].shape == (2, 784)
