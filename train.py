@@ -121,7 +121,7 @@ def resume(
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
     data = utils.load_dataset_once(options["dataset"], data_dir)
     for left in path.parent.glob(".*.pt.*.part"):  # by a run that was killed while it wrote
-        left.unlink()
+        left.unlink(missing_ok=True)
     return _fit(model, checkpoint | {"options": options}, data, path.parent)
 
 

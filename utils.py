@@ -318,11 +318,14 @@ def binarize(images: Tensor, mode: str, generator: torch.Generator | None = None
     threshold: gray input, target gray > 0.5. none: both gray, for which the loss is no likelihood.
     """
     if mode == "dynamic":
-        # One call of the generator makes 64 random bits, 16 each for four pixels. Black and white stay what they are.
-        calls = torch.empty(-(-images.numel() // 4), dtype=torch.int64, device=images.device)
-        uniform = calls.random_(-(2**63), None, generator=generator).view(torch.int16)[: images.numel()]
+        if images.is_cpu:  # whose generator is slow: one call of it makes 64 bits, 16 each for four pixels
+            calls = torch.empty(-(-images.numel() // 4), dtype=torch.int64)
+            bits = calls.random_(-(2**63), None, generator=generator).view(torch.int16)[: images.numel()]
+            uniform = bits.view(images.shape) + 2.0**15
+        else:
+            uniform = torch.randint(2**16, images.shape, generator=generator, device=images.device)
         sample = torch.empty(images.shape, device=images.device)
-        torch.lt(uniform.view(images.shape) + 2.0**15, images * (2**16 / 255), out=sample)
+        torch.lt(uniform, images * (2**16 / 255), out=sample)  # black and white stay what they are
         return sample, sample
     gray = images / 255
     if mode == "threshold":
