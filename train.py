@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 LR_SCHEDULES = ("constant", "cosine", "burda2016")
 OBJECTIVES = ("elbo", "iwae")
 INITS = ("pytorch", "burda2016")
+OnEpoch = Callable[[VAE, list[dict[str, Any]]], None]
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_bce", "test_kl", "images_per_second", "seconds")  # of metrics.csv
 AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheaper at 469 steps an epoch
 
@@ -73,13 +74,15 @@ def train(
     device: str = "auto",
     seed: int = 0,
     out_dir: str = "runs",
+    on_epoch: OnEpoch | None = None,
 ) -> tuple[VAE, list[dict[str, Any]], Path]:
     """Trains a new model; the arguments are the command's options, and their defaults the command's.
 
-    Returns the model, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a bad
-    value, and OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
+    After each epoch on_epoch is called with the model and the history so far, for a notebook to show them. Returns the
+    model, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a bad value, and
+    OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
     """
-    options = {name: value for name, value in locals().items() if name not in ("data_dir", "out_dir")}
+    options = {name: value for name, value in locals().items() if name not in ("data_dir", "out_dir", "on_epoch")}
     check_options(options)
     flush_denormals()
     data = utils.load_dataset_once(dataset, data_dir)
@@ -92,7 +95,7 @@ def train(
         initialize(model, data.train_images)
     checkpoint = {"options": options, "epoch": 0, "history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(out_dir, data.name, latent_size))
-    return _fit(model, checkpoint, data, run)
+    return _fit(model, checkpoint, data, run, on_epoch)
 
 
 def resume(
@@ -202,7 +205,9 @@ def flush_denormals() -> None:
 # The training loop
 
 
-def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> tuple[VAE, list[dict[str, Any]], Path]:
+def _fit(
+    average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path, on_epoch: OnEpoch | None = None
+) -> tuple[VAE, list[dict[str, Any]], Path]:
     """Trains from a checkpoint's state to its options' number of epochs, and saves all after each epoch."""
     options, history, first = checkpoint["options"], checkpoint["history"], checkpoint["epoch"] + 1
 
@@ -251,6 +256,8 @@ def _fit(average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path) -> 
                 tqdm.write(epoch_line(history[-1], options))
                 if epoch == options["epochs"] or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
                     draw(run, average, data, options, history)
+                if on_epoch:
+                    on_epoch(average, history)
     except KeyboardInterrupt as error:
         what = str(error) or "interrupted"
         raise type(error)(f"{what}: python train.py --resume {run} goes on") from None

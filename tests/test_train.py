@@ -183,6 +183,14 @@ def test_what_is_tested_is_what_is_kept(tmp_path: Path):
     assert history[-1]["test_bce"] == pytest.approx(bce.mean().item(), rel=0.02)  # other draws of z
 
 
+def test_on_epoch_sees_the_model_and_history(tmp_path: Path):
+    seen = []
+    model, _, _ = train.train(
+        **SMALL, epochs=3, out_dir=str(tmp_path), on_epoch=lambda model, history: seen.append((model, len(history)))
+    )
+    assert seen == [(model, 1), (model, 2), (model, 3)]
+
+
 def test_seeds(tmp_path: Path):
     a, b, c = (train.train(**SMALL, epochs=2, seed=seed, out_dir=str(tmp_path))[2] for seed in (0, 0, 1))
     assert same_weights(a, b)
@@ -282,7 +290,7 @@ def test_curves_show_the_history(epochs: int):
 
 
 def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "_fit", lambda model, checkpoint, data, run: checkpoint["options"]["epochs"])
+    monkeypatch.setattr(train, "_fit", lambda model, checkpoint, *_: checkpoint["options"]["epochs"])
     assert train.train(**SMALL, out_dir=str(tmp_path)) == 150
     few = utils.load_dataset("", "")._replace(name="mnist")
     monkeypatch.setattr(utils, "load_dataset", lambda name, data_dir: few)
@@ -406,6 +414,8 @@ def test_help_lists_every_argument_of_train_and_its_default(monkeypatch: pytest.
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, parameter in inspect.signature(train.train).parameters.items():
+        if name == "on_epoch":
+            continue
         assert f"--{name.replace('_', '-')}" in text
         assert parameter.default is None or f"(default: {parameter.default})" in text
 
@@ -426,6 +436,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "encoder_layers": 1,
         "decoder_layers": 3,
         "activation": "silu",
+        "init": "burda2016",
         "binarize": "threshold",
         "objective": "elbo",
         "importance_samples": 1,
@@ -436,12 +447,12 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "seed": 7,
         "out_dir": str(tmp_path / "runs"),
     }
-    assert given.keys() == inspect.signature(train.train).parameters.keys()
+    assert given.keys() == inspect.signature(train.train).parameters.keys() - {"on_epoch"}
     args = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "average"]
     monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average"])
     train.main()
     run = tmp_path / "runs" / "001-mnist-5k-z2"
-    assert saved(run)["options"] == given
+    assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
     model, _ = utils.load_checkpoint(run)
     assert len(list(model.decoder.children())) == 4
     output = capsys.readouterr().out
@@ -462,6 +473,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         {"kl_warmup": 1.0},
         {"batch_size": 100},
         {"activation": "tanh"},
+        {"init": "burda2016"},
         {"binarize": "none"},
         {"binarize": "threshold"},
         {"adam_eps": 1.0},
