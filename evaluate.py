@@ -3,11 +3,13 @@
     python evaluate.py                                # the newest run in runs/
     python evaluate.py runs/001-mnist-z20
     python evaluate.py somewhere/checkpoint.pt --dataset mnist --binarize threshold
+    python evaluate.py --explorer                     # and a web page in which to walk about its latent space
 
 Writes metrics.json and the pictures beside the checkpoint. All losses are in nats per image.
 """
 
 import argparse
+import base64
 import io
 import json
 import math
@@ -217,6 +219,50 @@ def draw_manifold(model: VAE, caption: str, steps: int = 20) -> "Figure":
     return figure
 
 
+def make_explorer(model: VAE, dataset: Dataset, binarize: str, caption: str, num_points: int = 500) -> str:
+    """A web page with the decoder in it, in which the latent space can be explored: assets/explorer.html, filled in.
+
+    Floats lose their lowest byte, which moves a probability by less than 1e-4. Raises UserError for a single latent,
+    for images that are not square, and for a decoder so large that the page would be too.
+    """
+    import matplotlib
+
+    linear = list(model.decoder.children())
+    if sum(layer.weight.numel() for layer in linear) > 1_200_000:
+        raise UserError("the decoder has more than 1.2 million weights, too many for a web page")
+    if model.config["latent_size"] < 2:
+        raise UserError("the explorer needs two latents or more")
+    if math.isqrt(linear[-1].out_features) ** 2 != linear[-1].out_features:
+        raise UserError("the explorer shows square images only")
+
+    def encode(values: Tensor) -> str:
+        bits = values.detach().float().cpu().contiguous().view(torch.int32) + 0x80  # rounds to 24 bits
+        return base64.b64encode(bits.view(torch.uint8).view(-1, 4)[:, 1:].contiguous().numpy()).decode()
+
+    chosen = torch.linspace(0, len(dataset.test_images) - 1, min(num_points, len(dataset.test_images))).long()
+    inputs, targets = utils.binarize_test_set(dataset.test_images, binarize)
+    kl = elbo_terms(model, inputs, targets)[1].mean(0)
+    with torch.no_grad():
+        mu = model.encode(inputs[chosen])[2]
+    latent_size = len(kl)
+    content = {
+        "caption": caption,
+        "latent_size": latent_size,
+        "activation": model.config["activation"],
+        "layers": [{"weight": encode(layer.weight), "bias": encode(layer.bias)} for layer in linear],
+        "kl": kl.tolist(),
+        "order": [0, 1] if latent_size == 2 else kl.argsort(descending=True).tolist(),
+        "classes": dataset.classes,
+        "colors": list(matplotlib.color_sequences["petroff10"]),
+        "points": [
+            {"mu": [round(value, 3) for value in row], "label": label}
+            for row, label in zip(mu.tolist(), dataset.test_labels[chosen].tolist(), strict=True)
+        ],
+    }
+    text = json.dumps(content).replace("</", "<\\/")  # nothing in it ends the script element
+    return (Path(__file__).parent / "assets" / "explorer.html").read_text().replace("DATA", text, 1)
+
+
 def describe(dataset: str, binarize: str, model: VAE, epoch: int | None) -> str:
     """The pictures' caption: what was trained on what."""
     after = "" if epoch is None else f", epoch {epoch}"
@@ -286,6 +332,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out-dir", help="where metrics.json and the pictures are written (default: beside the checkpoint)"
     )
+    parser.add_argument(
+        "--explorer", action="store_true", help="write explorer.html, to walk about the latent space in"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.nll_samples < 2**31:
@@ -320,6 +369,10 @@ def main() -> None:
     for name, figure in draw_all(model, dataset, binarize, caption):
         save_figure(figure, out_dir / name)
         print(f"wrote {out_dir / name}")
+    if args.explorer:
+        page = make_explorer(model, dataset, binarize, caption)
+        utils.write_atomically(out_dir / "explorer.html", page.encode())
+        print(f"wrote {out_dir / 'explorer.html'}: open it in a browser")
 
 
 def print_metrics(metrics: dict[str, Any], title: str) -> None:

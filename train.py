@@ -51,7 +51,7 @@ AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheap
 
 
 def train(
-    dataset: str = "auto",
+    dataset: str | Dataset = "auto",
     data_dir: str = "data",
     epochs: int | None = None,
     batch_size: int = 128,
@@ -78,14 +78,15 @@ def train(
 ) -> tuple[VAE, list[dict[str, Any]], Path]:
     """Trains a new model; the arguments are the command's options, and their defaults the command's.
 
+    dataset may also be a Dataset of your own: its images may have any size, and are drawn where they are square.
     After each epoch on_epoch is called with the model and the history so far, for a notebook to show them. Returns the
     model, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a bad value, and
     OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
     """
     options = {name: value for name, value in locals().items() if name not in ("data_dir", "out_dir", "on_epoch")}
-    check_options(options)
+    check_options(options | ({"dataset": "auto"} if isinstance(dataset, Dataset) else {}))
     flush_denormals()
-    data = utils.load_dataset_once(dataset, data_dir)
+    data = dataset if isinstance(dataset, Dataset) else utils.load_dataset_once(dataset, data_dir)
     options["dataset"] = data.name
     if epochs is None:
         options["epochs"] = 150 if data.name == "mnist-5k" else 20
@@ -99,10 +100,15 @@ def train(
 
 
 def resume(
-    run: str | Path, epochs: int | None = None, data_dir: str = "data", device: str | None = None
+    run: str | Path,
+    epochs: int | None = None,
+    data_dir: str = "data",
+    device: str | None = None,
+    dataset: Dataset | None = None,
 ) -> tuple[VAE, list[dict[str, Any]], Path]:
     """Goes on with a run, in its folder, from its last whole epoch to `epochs` or to what it was started for.
 
+    A run on a Dataset of your own needs that again.
     On one CPU the weights end bit-identical to those of a run that was never interrupted and, the learning rate being
     constant, to those of a run started with the larger `epochs`: the cosine schedule is stretched to the new length.
     Returns and raises as train does.
@@ -115,14 +121,16 @@ def resume(
     changes = {"epochs": epochs, "device": device}
     try:
         options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
-        check_options(options)
+        check_options(options | ({"dataset": "auto"} if dataset else {}))
         check_training_state(checkpoint, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = "its training state is damaged or missing"
         raise UserError(f"{path} cannot be resumed, only evaluated: {reason}") from error
     if options["epochs"] <= checkpoint["epoch"]:
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
-    data = utils.load_dataset_once(options["dataset"], data_dir)
+    data = dataset or utils.load_dataset_once(options["dataset"], data_dir)
+    if data.train_images.shape[1] != model.config["input_size"]:
+        raise UserError(f"{path} is a model of other images than those of {data.name}")
     for left in path.parent.glob(".*.pt.*.part"):  # by a run that was killed while it wrote
         left.unlink(missing_ok=True)
     return _fit(model, checkpoint | {"options": options}, data, path.parent)
@@ -421,6 +429,8 @@ def draw(run: Path, model: VAE, data: Dataset, options: dict[str, Any], history:
     """Writes the pictures that show how far the run has come."""
     caption = evaluate.describe(data.name, options["binarize"], model, len(history))
     evaluate.save_figure(draw_curves(history, caption), run / "curves.png")
+    if math.isqrt(data.train_images.shape[1]) ** 2 != data.train_images.shape[1]:
+        return  # no square images to show
     evaluate.save_figure(
         evaluate.draw_reconstructions(model, data, options["binarize"], caption), run / "reconstructions.png"
     )

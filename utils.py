@@ -421,9 +421,8 @@ def _build_model(checkpoint: dict[str, Any]) -> VAE:
     options = checkpoint.get("options", {})
     if not isinstance(options, dict):
         raise TypeError("its options are not a dict")
-    for name, choices in {"dataset": DATASETS, "binarize": BINARIZE}.items():
-        if options.get(name, choices[0]) not in choices:
-            raise ValueError(f"its {name} is none of {', '.join(choices)}")
+    if type(options.get("dataset", "")) is not str or options.get("binarize", BINARIZE[0]) not in BINARIZE:
+        raise ValueError("its options are none of this program's")
     if type(checkpoint.get("epoch", 0)) is not int:
         raise TypeError("its epoch is not a number")
     model = VAE(**config)

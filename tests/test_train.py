@@ -183,6 +183,26 @@ def test_what_is_tested_is_what_is_kept(tmp_path: Path):
     assert history[-1]["test_bce"] == pytest.approx(bce.mean().item(), rel=0.02)  # other draws of z
 
 
+def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable):
+    monkeypatch.undo()  # with the pictures
+    images = torch.randint(0, 256, (90, 12 * 12), dtype=torch.uint8)
+    labels = torch.arange(90) % 2
+    mine = utils.Dataset("mine", ["even", "odd"], images[:80], labels[:80], images[80:], labels[80:])
+    options = {name: value for name, value in SMALL.items() if name != "dataset"} | {"out_dir": str(tmp_path)}
+    model, _, run = train.train(mine, **options, epochs=2)
+    assert run.name == "001-mine-z3"
+    assert model.sample(4).shape == (4, 144)
+    train.resume(run, epochs=4, dataset=mine)
+    _, _, straight = train.train(mine, **options, epochs=4)
+    assert same_weights(run, straight)
+    assert "mine" in fails(train.main, "--resume", run, "--epochs", "6")
+    flat = mine._replace(train_images=mine.train_images[:, :143], test_images=mine.test_images[:, :143])
+    _, _, run = train.train(flat, **options, epochs=1)
+    assert {path.suffix for path in run.iterdir()} == {".pt", ".csv", ".png"}
+    with pytest.raises(UserError, match="other images"):
+        train.resume(run, epochs=6, dataset=utils.load_dataset("mnist-5k"))
+
+
 def test_on_epoch_sees_the_model_and_history(tmp_path: Path):
     seen = []
     model, _, _ = train.train(

@@ -301,7 +301,7 @@ class RunsCode:
         {"model": [4, 2, 1], "model_state_dict": VAE(4).state_dict()},
         {"model": {"input_size": 4}, "model_state_dict": 3},
         {"model": {}, "model_state_dict": VAE().state_dict(), "options": [1]},
-        {"model": {}, "model_state_dict": VAE().state_dict(), "options": {"dataset": "../mnist"}},
+        {"model": {}, "model_state_dict": VAE().state_dict(), "options": {"dataset": ["mnist"]}},
         {"model": {}, "model_state_dict": VAE().state_dict(), "options": {"binarize": ["dynamic"]}},
         {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": "3"},
         {"model": {}, "model_state_dict": {name: weight.int() for name, weight in VAE().state_dict().items()}},

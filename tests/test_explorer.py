@@ -1,0 +1,107 @@
+"""The explorer's page in a real browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import utils
+from model import VAE
+from utils import UserError
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def run_in_browser(page: str, script: str, folder: Path) -> object:
+    """What a script appended to the page leaves in `result`."""
+    if not BROWSER:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    script += """;
+        const output = document.createElement("pre");
+        output.textContent = "RESULT" + JSON.stringify(result) + "END";
+        document.body.replaceChildren(output)"""
+    path = folder / "page.html"
+    path.write_text(page.replace("</html>", f"<script>{script}</script></html>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    done = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, timeout=100)
+    return json.loads(html.unescape(re.search("RESULT(.*?)END</pre>", done.stdout, re.DOTALL)[1]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"latent_size": 2, "activation": "tanh"},
+        {"latent_size": 20},
+        {"latent_size": 50, "hidden_size": 512, "decoder_layers": 2, "activation": "silu"},
+    ],
+)
+def test_decodes_as_pytorch_does(config: dict, digits: utils.Dataset, tmp_path: Path):
+    torch.manual_seed(0)
+    model = VAE(**config)
+    for layer in model.decoder.children():  # logits as wide as a trained model's
+        torch.nn.init.normal_(layer.weight, std=3 / layer.in_features**0.5)
+    page = evaluate.make_explorer(model, digits, "dynamic", "caption")
+    assert len(page) < 5e6
+    z = 2 * torch.randn(5, config["latent_size"])
+    result = run_in_browser(page, f"const result = {z.tolist()}.map(z => Array.from(decode(z)))", tmp_path)
+    expected = model.decode(z)
+    assert expected.std() > 0.2
+    assert torch.tensor(result).sub(expected).abs().max() < 1e-4
+
+
+def test_what_it_shows_and_does(digits: utils.Dataset, tmp_path: Path):
+    model = VAE(latent_size=5, hidden_size=16)
+    page = evaluate.make_explorer(model, digits, "dynamic", "mnist-5k </script>, epoch 3")
+    script = """
+        plane.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", shiftKey: true}));
+        const afterKey = [...z];
+        document.getElementById("sample").click();
+        const sampled = [...z];
+        const slider = document.querySelector("#sliders input");
+        slider.value = 1.5;
+        slider.oninput();
+        const result = {
+          afterKey, sampled, slid: z[slider.dataset.latent], order: data.order, points: data.points.length,
+          text: document.getElementById("about").textContent, last: data.points[499],
+          sliders: document.querySelectorAll("#sliders input").length
+        }
+    """
+    result = run_in_browser(page, script, tmp_path)
+    first = result["order"][0]
+    assert result["afterKey"] == [0.5 if i == first else 0 for i in range(5)]
+    assert len({round(value, 6) for value in result["sampled"]}) == 5
+    assert result["slid"] == 1.5
+    assert (result["points"], result["sliders"]) == (500, 5)
+    assert "mnist-5k </script>, epoch 3" in result["text"]
+    inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
+    with torch.no_grad():
+        mu = model.encode(inputs)[2][-1]
+    torch.testing.assert_close(torch.tensor(result["last"]["mu"]), mu, atol=1e-3, rtol=0)
+    kl = evaluate.elbo_terms(model, inputs, targets)[1].mean(0)
+    assert result["order"] == kl.argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [({"latent_size": 1}, "two latents"), ({"input_size": 783}, "square"), ({"hidden_size": 2000}, "million")],
+)
+def test_what_it_refuses(config: dict, reason: str, digits: utils.Dataset):
+    with pytest.raises(UserError, match=reason):
+        evaluate.make_explorer(VAE(**config), digits, "dynamic", "")
+
+
+def test_command_writes_it(digits: utils.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = VAE(hidden_size=8, latent_size=2)
+    utils.save_checkpoint(tmp_path / "a.pt", {"model": model.config, "model_state_dict": model.state_dict()})
+    args = [str(tmp_path / "a.pt"), "--dataset=mnist-5k", "--nll-samples=1", "--explorer"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *args])
+    evaluate.main()
+    page = (tmp_path / "explorer.html").read_text()
+    assert "mnist-5k, binarize dynamic, latent size 2" in page
+    assert not re.search(r"(src|href)=|url\(|fetch\(|https?://", page)  # needs no network
