@@ -70,9 +70,12 @@ def test_nll_equals_the_integral_over_a_grid(trained: VAE, digits: utils.Dataset
     log_joint = x @ logits.T - torch.nn.functional.softplus(logits).sum(1) + log_prior
     exact = -(log_joint.logsumexp(1) + 2 * math.log(step))
     wide = copy.deepcopy(trained)
-    wide.latent_z.logvar.bias += 2 * math.log(3)  # p(x) does not depend on q: a wide one finds all of it
-    estimate = evaluate.estimate_nll(wide, inputs, targets, num_samples=20_000)
-    assert (estimate - exact).abs().max() < 0.05
+    torch.nn.init.zeros_(wide.latent_z.logvar.weight)
+    torch.nn.init.zeros_(
+        wide.latent_z.logvar.bias
+    )  # p(x) does not depend on q: one as wide as the prior finds all of it
+    estimate = evaluate.estimate_nll(wide, inputs, targets, num_samples=200_000)
+    assert (estimate - exact).abs().max() < 0.1
     assert (estimate - exact).mean().abs() < 0.01
 
 
