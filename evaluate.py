@@ -196,8 +196,9 @@ def draw_latent_usage(model: VAE, dataset: Dataset, binarize: str, caption: str)
     bars = {"active": ("#3f90da", active), "not active": ("#94a4a2", ~active)}
     positions = torch.arange(len(kl))
     for name, (color, chosen) in bars.items():
-        label = f"{name}: {int(chosen.sum())}"
-        axes.bar(positions[chosen].tolist(), kl[order][chosen].tolist(), color=color, label=label)
+        if chosen.any():
+            label = f"{name}: {int(chosen.sum())}"
+            axes.bar(positions[chosen].tolist(), kl[order][chosen].tolist(), color=color, label=label)
     axes.set_xticks(positions.tolist(), [str(int(i) + 1) for i in order], fontsize=7)
     axes.set(xlabel="latent dimension, by its KL", ylabel="KL, nats per image", xlim=(-0.6, len(kl) - 0.4))
     axes.legend(frameon=False)
@@ -253,7 +254,7 @@ def make_explorer(model: VAE, dataset: Dataset, binarize: str, caption: str, num
         "kl": kl.tolist(),
         "order": [0, 1] if latent_size == 2 else kl.argsort(descending=True).tolist(),
         "classes": dataset.classes,
-        "colors": list(matplotlib.color_sequences["petroff10"]),
+        "colors": [matplotlib.colors.to_hex(color) for color in matplotlib.color_sequences["petroff10"]],
         "points": [
             {"mu": [round(value, 3) for value in row], "label": label}
             for row, label in zip(mu.tolist(), dataset.test_labels[chosen].tolist(), strict=True)

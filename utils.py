@@ -125,6 +125,7 @@ def process_group() -> Iterator[None]:
     dist.init_process_group(timeout=timedelta(seconds=60))  # gloo for what is on the CPU, NCCL for what is on GPUs
     try:
         yield
+        sum_over_ranks(torch.zeros(1))  # nobody leaves while others still need the connection
     finally:
         dist.destroy_process_group()
 

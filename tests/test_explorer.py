@@ -69,7 +69,8 @@ def test_what_it_shows_and_does(digits: utils.Dataset, tmp_path: Path):
         const result = {
           afterKey, sampled, slid: z[slider.dataset.latent], order: data.order, points: data.points.length,
           text: document.getElementById("about").textContent, last: data.points[499],
-          sliders: document.querySelectorAll("#sliders input").length
+          sliders: document.querySelectorAll("#sliders input").length,
+          dots: [...document.querySelectorAll("#legend i")].map(dot => dot.style.background)
         }
     """
     result = run_in_browser(page, script, tmp_path)
@@ -78,6 +79,7 @@ def test_what_it_shows_and_does(digits: utils.Dataset, tmp_path: Path):
     assert len({round(value, 6) for value in result["sampled"]}) == 5
     assert result["slid"] == 1.5
     assert (result["points"], result["sliders"]) == (500, 5)
+    assert len(set(result["dots"]) - {""}) == 10  # colours that the browser understands
     assert "mnist-5k </script>, epoch 3" in result["text"]
     inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
     with torch.no_grad():
