@@ -57,6 +57,11 @@ def train_or_resume(out_dir: Path, data: utils.Dataset, epochs: int, max_file_si
     train.main()
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def same_weights(a: Path, b: Path) -> bool:
     a, b = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
     parts = ("model_state_dict", "training_weights")
@@ -122,12 +127,16 @@ def test_disk_full(tmp_path: Path, digits: utils.Dataset):
 def test_signals_say_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path):
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     args = [sys.executable, "-u", train.__file__, *arguments, "--epochs=10000", f"--out-dir={tmp_path}"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch     2"):
-                process.send_signal(number)
-                break
-        _, error = process.communicate()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(args, **pipes, preexec_fn=heed_ctrl_c) as process:
+        try:
+            for line in process.stdout:
+                if line.startswith("epoch     2"):
+                    process.send_signal(number)
+                    break
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     run = tmp_path / "001-mnist-5k-z3"
     assert process.returncode == code
     assert f"--resume {run} goes on" in error
