@@ -84,7 +84,7 @@ def train(
     OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
     """
     options = {name: value for name, value in locals().items() if name not in ("data_dir", "out_dir", "on_epoch")}
-    check_options(options | ({"dataset": "auto"} if isinstance(dataset, Dataset) else {}))
+    check_options(options)
     flush_denormals()
     data = dataset if isinstance(dataset, Dataset) else utils.load_dataset_once(dataset, data_dir)
     options["dataset"] = data.name
@@ -121,7 +121,7 @@ def resume(
     changes = {"epochs": epochs, "device": device}
     try:
         options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
-        check_options(options | ({"dataset": "auto"} if dataset else {}))
+        check_options(options)
         check_training_state(checkpoint, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = "its training state is damaged or missing"
@@ -168,7 +168,6 @@ def check_options(options: dict[str, Any]) -> None:
     check("lr", "above 0", options["lr"] > 0)
     check("seed", "a whole number from 0 to 2^40", type(options["seed"]) is int and 0 <= options["seed"] <= 2**40)
     choices = {
-        "dataset": utils.DATASETS,
         "lr_schedule": LR_SCHEDULES,
         "activation": ACTIVATIONS,
         "init": INITS,

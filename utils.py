@@ -166,7 +166,7 @@ class CudaGraph:
     """A function of CUDA tensors whose kernels are recorded once, and then replayed instead of launched one by one.
 
     The function may draw random numbers and change other tensors in place, but must never wait for the GPU. What it
-    returns is overwritten by the next call. Calls with other shapes than the first one's run without the graph.
+    returns is overwritten by the next call. Calls of other shapes than the last warm-up's run without the graph.
     """
 
     def __init__(self, function: Callable[..., Tensor], warmup: int = 3):
