@@ -120,12 +120,15 @@ def process_group() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
+    # Imported later, by DistributedDataParallel, it would hold the group in its functions' default arguments: the
+    # group's threads would then live on while Python shuts down, which aborts one run in ten.
+    import torch.distributed.nn
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(timeout=timedelta(seconds=60))  # gloo for what is on the CPU, NCCL for what is on GPUs
     try:
         yield
-        sum_over_ranks(torch.zeros(1))  # nobody leaves while others still need the connection
     finally:
         dist.destroy_process_group()
 
