@@ -310,7 +310,7 @@ values = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(args=st.lists(st.one_of(words, values), max_size=6))
+@given(args=st.lists(st.one_of(words, values, st.builds("{}={}".format, words, values)), max_size=4))
 def test_any_command_line_is_taken_or_refused(args: list[str]):
     """Parsed and found good, or refused by a UserError: main makes one line of it."""
     try:
