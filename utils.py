@@ -349,12 +349,13 @@ def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 # Checkpoints and run folders
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes a file that is at every instant, of a power cut too, either the old one or the new one, whole.
 
     Follows no link at path, but replaces it. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)  # left by a process of this number that was killed
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -387,8 +388,19 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     if path.is_file():
-        write_atomically(path.with_name("previous.pt"), path.read_bytes())
-    write_atomically(path, buffer.getvalue())
+        _keep(path, path.with_name("previous.pt"))
+    write_atomically(path, buffer.getbuffer())
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives a file, which is replaced and never written to, a second name."""
+    temporary = previous.with_name(f".{previous.name}.{os.getpid()}.part")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        os.replace(temporary, previous)
+    except OSError:  # on file systems that have no such links
+        write_atomically(previous, path.read_bytes())
 
 
 def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:

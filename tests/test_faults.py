@@ -237,6 +237,21 @@ def test_a_damaged_checkpoint_names_the_one_before(whole_file: bytes, tmp_path: 
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_epoch_before_is_kept(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if not has_links:
+        monkeypatch.setattr("os.link", lambda *names: os.stat(tmp_path / "none"))
+    _, _, run = train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))
+    first = (run / "checkpoint.pt").read_bytes()
+    for name in ("checkpoint.pt", "previous.pt", "metrics.csv"):  # of a process of this number, which was killed
+        (run / f".{name}.{os.getpid()}.part").write_text("left")
+    train.resume(run, epochs=2)
+    assert (run / "previous.pt").read_bytes() == first
+    assert utils.load_checkpoint(run)[1]["epoch"] == 2
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     "damage",
     [
