@@ -89,6 +89,37 @@ def test_what_it_shows_and_does(digits: utils.Dataset, tmp_path: Path):
     assert result["order"] == kl.argsort(descending=True).tolist()
 
 
+@pytest.mark.parametrize("pointer", ["mouse", "touch"])
+def test_pointers_click_on_dots_and_drag(pointer: str, digits: utils.Dataset, tmp_path: Path):
+    torch.manual_seed(0)
+    page = evaluate.make_explorer(VAE(latent_size=3, hidden_size=16), digits, "dynamic", "caption")
+    script = """
+        data.points = [{mu: [0.5, -1, 2], label: 7}];
+        plane.setPointerCapture = plane.hasPointerCapture = () => true;  // which made-up events have not
+        const box = plane.getBoundingClientRect(), at = i => (i + 3.5) / 7 * box.width;
+        const point = (type, a, b, off = 0) => {
+          const place = {clientX: box.left + at(a) + off, clientY: box.top + at(-b) + off};
+          plane.dispatchEvent(new PointerEvent(type, {pointerId: 1, pointerType: "POINTER", ...place}));
+          return [...z];
+        };
+        const mu = data.points[0].mu, result = {order: data.order};
+        result.clicked = point("pointerdown", mu[first], mu[second], 2);
+        result.trembled = point("pointermove", mu[first], mu[second], 4);
+        result.isChosen = chosen === data.points[0];
+        result.dragged = point("pointermove", -1.5, 2.5);
+        result.elsewhere = point("pointerdown", 3, -3);
+        result.outside = point("pointermove", 9, -9);
+    """
+    result = run_in_browser(page, script.replace("POINTER", pointer), tmp_path)
+    first, second, third = result["order"]
+    assert result["clicked"] == result["trembled"] == [0.5, -1, 2]
+    assert result["isChosen"]
+    assert [result["dragged"][i] for i in (first, second)] == pytest.approx([-1.5, 2.5], abs=0.02)
+    assert [result["elsewhere"][i] for i in (first, second)] == pytest.approx([3, -3], abs=0.02)
+    assert [result["outside"][i] for i in (first, second)] == [3.5, -3.5]
+    assert result["dragged"][third] == [0.5, -1, 2][third]
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [({"latent_size": 1}, "two latents"), ({"input_size": 783}, "square"), ({"hidden_size": 2000}, "million")],
