@@ -113,16 +113,16 @@ def evaluate(
 
 
 def draw_reconstructions(model: VAE, dataset: Dataset, binarize: str, caption: str) -> "Figure":
-    """One test image of each class, what the encoder was given of it, and its reconstruction."""
-    labels = dataset.test_labels
-    images = dataset.test_images[[int((labels == label).nonzero()[0]) for label in range(len(dataset.classes))]]
+    """One test image of each class that has any, what the encoder was given of it, and its reconstruction."""
+    labels = dataset.test_labels.unique().tolist()
+    images = dataset.test_images[[int((dataset.test_labels == label).nonzero()[0]) for label in labels]]
     inputs, _ = utils.binarize_test_set(images, binarize)
     rows = {"image": images / 255, "input": inputs, "reconstruction": model.reconstruct(inputs)}
     if binarize != "dynamic":
         del rows["input"]  # the image as it is
     figure, axes = _new_figure(len(images), len(rows), f"Reconstructions of test images\n{caption}")
     _show_tiles(axes, torch.cat(list(rows.values())), len(rows))
-    _label_tiles(axes, rows=list(rows), columns=dataset.classes)
+    _label_tiles(axes, rows=list(rows), columns=[dataset.classes[label] for label in labels])
     return figure
 
 

@@ -187,7 +187,7 @@ def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.undo()  # with the pictures
     images = torch.randint(0, 256, (90, 12 * 12), dtype=torch.uint8)
     labels = torch.arange(90) % 2
-    mine = utils.Dataset("mine", ["even", "odd"], images[:80], labels[:80], images[80:], labels[80:])
+    mine = utils.Dataset("mine", ["even", "odd", "neither"], images[:80], labels[:80], images[80:], labels[80:])
     options = {name: value for name, value in SMALL.items() if name != "dataset"} | {"out_dir": str(tmp_path)}
     model, _, run = train.train(mine, **options, epochs=2)
     assert run.name == "001-mine-z3"
