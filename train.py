@@ -236,7 +236,7 @@ def _fit(
         except BaseException:
             run.rmdir()
             raise
-    optimizer.param_groups[0]["capturable"] = device.type == "cuda"  # on a CUDA graph
+    optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
     test_set = utils.binarize_test_set(data.test_images, options["binarize"])
     step = make_step(model, optimizer, data.train_images, options)
     num_weights = sum(weight.numel() for weight in model.parameters())

@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -104,14 +105,20 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Raises UserError where the machine has no such device.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": _has_gpus(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device in available if available[device])
     if name not in available:
         raise UserError(f"device must be one of {', '.join(DEVICES)}, not {name!r}")
     if not available[name]:
-        raise UserError(f"PyTorch {torch.__version__} finds no {name} device on this machine: try --device auto")
+        each = f" for each of {ranks} processes" if (ranks := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1" else ""
+        raise UserError(f"PyTorch {torch.__version__} finds no {name} device{each} on this machine: try --device auto")
     return torch.device(name)
+
+
+def _has_gpus() -> bool:
+    """Is there a GPU for every process on this machine?"""
+    return torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
@@ -124,9 +131,9 @@ def process_group() -> Iterator[None]:
     # group's threads would then live on while Python shuts down, which aborts one run in ten.
     import torch.distributed.nn
 
-    if torch.cuda.is_available():
+    if _has_gpus():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(seconds=60))  # gloo for what is on the CPU, NCCL for what is on GPUs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if _has_gpus() else "gloo", timeout=timedelta(seconds=60))
     try:
         yield
     finally:
@@ -169,26 +176,27 @@ class CudaGraph:
     """A function of CUDA tensors whose kernels are recorded once, and then replayed instead of launched one by one.
 
     The function may draw random numbers and change other tensors in place, but must never wait for the GPU. What it
-    returns is overwritten by the next call. Calls of other shapes than the last warm-up's run without the graph.
+    returns is overwritten by the next call. Calls of other shapes than the first's run without the graph.
     """
 
     def __init__(self, function: Callable[..., Tensor], warmup: int = 3):
-        self.function, self.warmup, self.graph = function, warmup, None
+        self.function, self.warmup, self.args, self.graph = function, warmup, None, None
 
     def __call__(self, *args: Tensor) -> Tensor:
-        if self.warmup > 0:  # the first calls allocate and choose kernels: they run as they are, on a stream apart
-            self.warmup -= 1
-            self.args = [arg.clone() for arg in args]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = self.function(*self.args)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
+        self.args = self.args or [arg.clone() for arg in args]
         if any(arg.shape != static.shape for arg, static in zip(args, self.args, strict=True)):
             return self.function(*args)
         for arg, static in zip(args, self.args, strict=True):
             static.copy_(arg)
+        if self.warmup > 0:  # the first calls allocate and choose kernels: they run as they are, on a stream apart
+            self.warmup -= 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+                result = self.function(*self.args)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
@@ -220,11 +228,15 @@ class Dataset(NamedTuple):
 
 def load_dataset_once(name: str, data_dir: str | Path) -> Dataset:
     """load_dataset on every rank, but first on one of each machine, which downloads what is not there."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    _, ranks = rank_and_ranks()
+    if ranks == 1:
+        return load_dataset(name, data_dir)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    is_first = os.environ["LOCAL_RANK"] == "0"
     for turn in (True, False):
         if is_first == turn:
             data = load_dataset(name, data_dir)
-        sum_over_ranks(torch.zeros(1))  # all wait for all
+        dist.barrier(patient)
     return data
 
 

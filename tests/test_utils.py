@@ -49,6 +49,7 @@ def lay_out(data_dir: Path, name: str, num_train: int = 30, num_test: int = 20) 
 def test_auto_prefers_cuda_then_mps_then_cpu(monkeypatch: pytest.MonkeyPatch):
     for cuda, mps in itertools.product([True, False], repeat=2):
         monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr("torch.cuda.device_count", lambda cuda=cuda: int(cuda))
         monkeypatch.setattr("torch.backends.mps.is_available", lambda mps=mps: mps)
         assert utils.choose_device("auto").type == ("cuda" if cuda else "mps" if mps else "cpu")
         for name, available in (("cuda", cuda), ("mps", mps), ("cpu", True)):
@@ -57,6 +58,18 @@ def test_auto_prefers_cuda_then_mps_then_cpu(monkeypatch: pytest.MonkeyPatch):
             else:
                 with pytest.raises(UserError, match=name):
                     utils.choose_device(name)
+
+
+def test_several_processes_use_gpus_where_each_has_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert utils.choose_device("auto").type == "cuda"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert utils.choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="no cuda device for each of 3 processes"):
+        utils.choose_device("cuda")
 
 
 def test_every_epoch_of_every_seed_has_draws_of_its_own():
