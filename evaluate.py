@@ -176,10 +176,9 @@ def draw_latent_space(model: VAE, dataset: Dataset, binarize: str, caption: str)
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
     colors = matplotlib.color_sequences["petroff10"]  # told apart by the colour-blind too (arXiv 2107.02270)
     axes.scatter(*mu.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
-    for label, (name, color) in enumerate(zip(dataset.classes, colors, strict=True)):
-        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": color, "linewidth": 2}
-        middle = mu[labels == label].median(0).values.tolist()
-        axes.annotate(name, middle, ha="center", va="center", bbox=box)
+    for name, color in zip(dataset.classes, colors, strict=False):
+        axes.scatter([], [], color=color, label=name)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(xlabel=names[0], ylabel=names[1])
     return figure
 

@@ -221,7 +221,7 @@ def test_latent_space_shows_the_posterior_means(latent_size: int, digits: utils.
         variances = torch.linalg.eigvalsh(torch.cov(mu.T)).flip(0)
         torch.testing.assert_close(points.var(0), variances[:2], rtol=1e-3, atol=0)
         assert f"({variances[0] / variances.sum():.0%}" in axes.get_xlabel()
-    assert [text.get_text() for text in axes.texts] == digits.classes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == digits.classes
     colors = torch.tensor(axes.collections[0].get_facecolors())[:, :3]
     for label in range(10):
         assert len(colors[digits.test_labels == label].unique(dim=0)) == 1
