@@ -290,7 +290,7 @@ def draw_all(model: VAE, dataset: Dataset, binarize: str, caption: str) -> Itera
 def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]:
     from matplotlib.figure import Figure  # not pyplot: needs no display, and nothing to close
 
-    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * rows + 1), layout="constrained")
+    figure = Figure(figsize=(max(5, 0.5 * columns + 1.6), 0.5 * rows + 1), layout="constrained")  # for the title too
     axes = figure.subplots()
     axes.set_title(title, fontsize=10)
     return figure, axes
@@ -352,7 +352,10 @@ def main() -> None:
     model, checkpoint = utils.load_checkpoint(path)
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = args.binarize or options.get("binarize", "dynamic")
-    dataset = utils.load_dataset(args.dataset or options.get("dataset", "auto"), args.data_dir)
+    name = args.dataset or options.get("dataset", "auto")
+    if name not in utils.DATASETS:
+        raise UserError(f"{path} was trained on a data set of your own, {name!r}: call evaluate.evaluate in Python")
+    dataset = utils.load_dataset(name, args.data_dir)
     if model.config["input_size"] != dataset.test_images.shape[1]:
         sizes = f"{model.config['input_size']} values an image, {dataset.name} has {dataset.test_images.shape[1]}"
         raise UserError(f"{path} is a model of {sizes}")
@@ -384,7 +387,8 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
     print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
     print(f"    bce         {metrics['bce']:8.2f}")
     print(f"    kl          {metrics['kl']:8.2f}")
-    print(f"  nll           {metrics['nll']:8.2f} nats per image, {metrics['nll_samples']:,} importance samples")
+    if metrics["binarize"] != "none":
+        print(f"  nll           {metrics['nll']:8.2f} nats per image, {metrics['nll_samples']:,} importance samples")
     print(f"  active_units  {metrics['active_units']:8d} of {len(metrics['kl_per_latent'])} latents")
 
 

@@ -453,7 +453,7 @@ def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
         for (column, label), color in zip(columns.items(), ("#ffa90e", "#3f90da")[-len(columns) :], strict=True):
             axes.plot(epochs, [row[column] for row in history], marker=".", color=color, label=label)
         axes.set(title=title, xlabel="epoch", ylabel="nats per image")
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if len(history) > 10:  # most happens in the first epochs
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -90,7 +90,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         finally:
             signal.signal(signal.SIGTERM, previous)
         name = Path(sys.argv[0]).name + (f" on rank {os.environ['RANK']}" if "RANK" in os.environ else "")
-        print(f"{name}: error: {message}", file=sys.stderr)
+        print(f"{name}: {'error: ' if code == 2 else ''}{message}", file=sys.stderr)
         sys.exit(code)
 
     return wrapped

@@ -71,7 +71,7 @@ def draw_latent_variable(mu: float = 1.0, logvar: float = -1.0) -> Figure:
     axes.annotate("", (mu, 0.3), (mu + std.item(), 0.3), arrowprops={"arrowstyle": "<->"})
     axes.text(mu + std.item() + 0.4, 0.3, "std = exp(logvar / 2)", va="center", fontsize=8)
     axes.annotate("mu", (mu, 0), (mu, -0.2), ha="center", arrowprops={"arrowstyle": "->"}, fontsize=9)
-    axes.set(xlabel="z", ylabel="density", ylim=(-0.25, 0.75))
+    axes.set(xlabel="z", ylabel="density", ylim=(-0.25, 0.75), yticks=(0, 0.2, 0.4, 0.6))
     axes.legend(fontsize=8, frameon=False, loc="upper left")
     return figure
 

@@ -196,6 +196,7 @@ def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     _, _, straight = train.train(mine, **options, epochs=4)
     assert same_weights(run, straight)
     assert "mine" in fails(train.main, "--resume", run, "--epochs", "6")
+    assert "data set of your own" in fails(train.evaluate.main, run)
     flat = mine._replace(train_images=mine.train_images[:, :143], test_images=mine.test_images[:, :143])
     _, _, run = train.train(flat, **options, epochs=1)
     assert {path.suffix for path in run.iterdir()} == {".pt", ".csv", ".png"}
