@@ -131,8 +131,9 @@ def resume(
     data = dataset or utils.load_dataset_once(options["dataset"], data_dir)
     if data.train_images.shape[1] != model.config["input_size"]:
         raise UserError(f"{path} is a model of other images than those of {data.name}")
-    for left in path.parent.glob(".*.part"):  # by a run that was killed while it wrote
-        left.unlink(missing_ok=True)
+    for kind in ("pt", "csv"):
+        for left in path.parent.glob(f".*.{kind}.*.part"):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
     return _fit(model, checkpoint | {"options": options}, data, path.parent)
 
 
