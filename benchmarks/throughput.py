@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--latent-size", type=int, default=20, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--images", type=int, metavar="N", help="images a pass (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="passes of each (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="passes of each (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's choice)")
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
     parser.add_argument("--dataset", choices=utils.DATASETS, default="auto", help="(default: %(default)s)")
