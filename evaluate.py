@@ -63,15 +63,15 @@ def estimate_nll(
     posteriors = [model.encode(x)[1:] for x in inputs.split(batch_size)]
     logvar, mu = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
     generator = torch.Generator(mu.device).manual_seed(seed)
-    total = torch.full((len(inputs),), -math.inf, device=mu.device)  # log of the sum of the weights so far
+    total = torch.full_like(mu[:, 0], -math.inf, dtype=torch.promote_types(mu.dtype, torch.float32))
     bar = tqdm(total=num_samples, desc="nll", unit=" samples", leave=False, disable=None)
     with utils.fast_matmul(), bar as progress:
         for chunk in torch.arange(num_samples).split(10):
-            eps = torch.randn(len(chunk), *mu.shape, generator=generator, device=mu.device)
+            eps = torch.randn(len(chunk), *mu.shape, generator=generator, device=mu.device, dtype=mu.dtype)
             for start in range(0, len(inputs), batch_size):
                 i = slice(start, start + batch_size)
                 log_weights = log_importance_weights(model.decoder, targets[i], logvar[i], mu[i], eps[:, i])
-                total[i] = torch.logaddexp(total[i], log_weights.logsumexp(0))
+                total[i] = torch.logaddexp(total[i], log_weights.logsumexp(0))  # the log of all weights' sum so far
             progress.update(len(chunk))
     return math.log(num_samples) - total
 
@@ -386,9 +386,13 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
         )
     print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
     print(f"    bce         {metrics['bce']:8.2f}")
-    print(f"    kl          {metrics['kl']:8.2f}")
+    print(f"    kl          {metrics['kl']:8.2f}, by latent, sorted:")
+    kls = [f"{kl:5.2f}" for kl in sorted(metrics["kl_per_latent"], reverse=True)]
+    for start in range(0, len(kls), 10):
+        print(" " * 16 + " ".join(kls[start : start + 10]))
     if metrics["binarize"] != "none":
-        print(f"  nll           {metrics['nll']:8.2f} nats per image, {metrics['nll_samples']:,} importance samples")
+        how = f"standard error {metrics['nll_se']:.2f}, {metrics['nll_samples']:,} importance samples"
+        print(f"  nll           {metrics['nll']:8.2f} nats per image, {how}")
     print(f"  active_units  {metrics['active_units']:8d} of {len(metrics['kl_per_latent'])} latents")
 
 

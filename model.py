@@ -8,6 +8,8 @@ The whole method in one file that needs torch alone: copy it into your own proje
     vae = VAE()
     x_hat, logvar, mu, z = vae(x)                           # x: (B, 784) or (B, 1, 28, 28), values in [0, 1]
     loss_criterion(x_hat, x, logvar, mu).backward()
+    log_weights = log_importance_weights(vae.decoder, x, logvar, mu, eps=torch.randn(100, *mu.shape))
+    nll_from_log_weights(log_weights)                       # -log p(x) of each image, estimated from 100 samples
 
 Shapes: B images, K samples of z an image. Losses and log-probabilities are in nats.
 """
@@ -189,11 +191,13 @@ def bernoulli_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 def log_importance_weights(decoder: Decoder, targets: Tensor, logvar: Tensor, mu: Tensor, eps: Tensor) -> Tensor:
     """log p(x|z) + log p(z) - log q(z|x) at z = mu + std * eps (Burda et al. 2016, arXiv 1509.00519, eq. 8).
 
-    targets (B, D), logvar and mu (B, latent_size), eps (K, B, latent_size) from N(0, I) -> (K, B), in nats.
+    targets (B, ...) with D values an image, logvar and mu (B, latent_size), eps (K, B, latent_size) from N(0, I), of
+    their type -> (K, B), in nats.
     """
     z = mu + torch.exp(0.5 * logvar) * eps
-    log_prior_over_posterior = 0.5 * (logvar + eps**2 - z**2).sum(-1)  # the two densities' constants cancel
-    return bernoulli_log_likelihood(decoder.logits(z), targets) + log_prior_over_posterior
+    log_likelihood = bernoulli_log_likelihood(decoder.logits(z), targets.flatten(1))
+    logvar, eps, z = _at_least_float32(logvar), _at_least_float32(eps), _at_least_float32(z)
+    return log_likelihood + 0.5 * (logvar + eps**2 - z**2).sum(-1)  # log p(z) - log q(z|x): their constants cancel
 
 
 def nll_from_log_weights(log_weights: Tensor) -> Tensor:

@@ -69,7 +69,6 @@ def train(
     objective: str = "elbo",
     importance_samples: int = 1,
     adam_eps: float = 1e-8,
-    weight_decay: float = 0.0,
     average: bool = True,
     device: str = "auto",
     seed: int = 0,
@@ -150,7 +149,7 @@ def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
         for i, weight in enumerate(model.parameters()):
             like = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
             utils.check_tensors(adam["state"][i], like)
-    torch.optim.AdamW(model.parameters()).load_state_dict(adam)
+    torch.optim.Adam(model.parameters()).load_state_dict(adam)
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -164,7 +163,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name in (*counts, "importance_samples"):
         is_default = name == "epochs" and options[name] is None
         check(name, "a whole number above 0", is_default or (type(options[name]) is int and 0 < options[name] < 2**31))
-    for name in ("lr", "beta", "kl_warmup", "adam_eps", "weight_decay"):
+    for name in ("lr", "beta", "kl_warmup", "adam_eps"):
         check(name, "a number, 0 or above", type(options[name]) in (int, float) and 0 <= options[name] < math.inf)
     check("lr", "above 0", options["lr"] > 0)
     check("seed", "a whole number from 0 to 2^40", type(options["seed"]) is int and 0 <= options["seed"] <= 2**40)
@@ -227,8 +226,7 @@ def _fit(
     average = average.to(device)
     model = copy.deepcopy(average) if options["average"] else average
     model.load_state_dict(checkpoint["training_weights"])
-    decay, eps = options["weight_decay"], options["adam_eps"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], eps=eps, weight_decay=decay, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=options["adam_eps"], fused=True)
     if "optimizer_state_dict" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     elif rank == 0:
@@ -253,10 +251,10 @@ def _fit(
         with utils.fast_matmul(), bar as progress:
             for epoch in range(first, options["epochs"] + 1):
                 started = time.perf_counter()
-                bounds = train_epoch(step, model, average, data.train_images, epoch, options, progress).cpu()
+                neg_elbos = train_epoch(step, model, average, data.train_images, epoch, options, progress).cpu()
                 seconds = time.perf_counter() - started
-                losses = (bounds.double().sum().item() / num_images, *compute_test_losses(average, *test_set))
-                check_finite(bounds, losses, epoch, run)
+                losses = (neg_elbos.double().sum().item() / num_images, *compute_test_losses(average, *test_set))
+                check_finite(neg_elbos, losses, epoch, run)
                 history.append(dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True)))
                 if rank > 0:
                     continue
@@ -280,13 +278,12 @@ class Objective(nn.Module):
         self.model, self.options = model, options
 
     def forward(self, inputs: Tensor, targets: Tensor, kl_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 784) twice -> the loss, and the bound on -log p(x), both in nats for the whole batch."""
+        """(B, 784) twice -> the loss, and the negative ELBO, both in nats for the whole batch."""
         z, logvar, mu = self.model.encode(inputs)
         if self.options["objective"] == "iwae":
             eps = torch.randn(self.options["importance_samples"], *mu.shape, device=mu.device)
             log_weights = log_importance_weights(self.model.decoder, targets, logvar, mu, eps)
-            bound = nll_from_log_weights(log_weights).sum()
-            return bound, bound
+            return nll_from_log_weights(log_weights).sum(), -log_weights.mean(0).sum()
         bce, kl = loss_terms(self.model.decoder.logits(z), targets, logvar, mu)
         return bce + kl_weight * kl, bce + kl
 
@@ -296,8 +293,8 @@ def make_step(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """-> step(batch, rates), which takes one step of Adam on the images (N, 784) uint8 at the indices batch (B,).
 
-    rates (2,) holds the learning rate and the weight of the KL. The step returns the bound on -log p(x) that it found,
-    in nats for the whole batch. Nothing in it makes the CPU wait for a GPU. With several processes, batch is the share
+    rates (2,) holds the learning rate and the weight of the KL. The step returns the negative ELBO that it found, in
+    nats for the whole batch. Nothing in it makes the CPU wait for a GPU. With several processes, batch is the share
     of this one, and the gradients are those of all shares together.
     """
     _, ranks = utils.rank_and_ranks()
@@ -309,12 +306,12 @@ def make_step(
     def step(batch: Tensor, rates: Tensor) -> Tensor:
         lr, kl_weight = rates.unbind()
         inputs, targets = utils.binarize(images.index_select(0, batch), options["binarize"])
-        loss, bound = objective(inputs, targets, kl_weight)
+        loss, neg_elbo = objective(inputs, targets, kl_weight)
         optimizer.zero_grad()
         loss.backward(scale.to(loss.dtype))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        return bound.detach()
+        return neg_elbo.detach()
 
     return utils.CudaGraph(step) if images.is_cuda and ranks == 1 else step
 
@@ -328,7 +325,7 @@ def train_epoch(
     options: dict[str, Any],
     progress: tqdm,
 ) -> Tensor:
-    """One pass over the images (N, 784) in a new order -> each step's bound on -log p(x), in nats: (steps,)."""
+    """One pass over the images (N, 784) in a new order -> each step's negative ELBO, in nats: (steps,)."""
     rank, ranks = utils.rank_and_ranks()
     utils.seed_epoch(options["seed"], epoch)
     batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])  # the same on every rank
@@ -337,14 +334,14 @@ def train_epoch(
     starts = [epoch - 1 + i / len(batches) for i in range(len(batches))]  # in epochs
     rates = [(learning_rate(start, options), kl_weight(start, options)) for start in starts]
     rates = torch.tensor(rates, device=images.device)
-    bounds = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
+    neg_elbos = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     for i, batch in enumerate(batches):
-        bounds[i] = step(batch[rank::ranks], rates[i])
+        neg_elbos[i] = step(batch[rank::ranks], rates[i])
         if options["average"] and i % stride == 0:
             update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
         progress.update(len(batch))
-    return utils.sum_over_ranks(bounds)
+    return utils.sum_over_ranks(neg_elbos)
 
 
 def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
@@ -356,10 +353,10 @@ def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> tuple[fl
     return bce + kl, bce, kl
 
 
-def check_finite(bounds: Tensor, losses: tuple[float, ...], epoch: int, run: Path) -> None:
+def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: Path) -> None:
     """Raises UserError where a loss of an epoch's steps (steps,), or one after them, is not finite."""
-    if not all(map(math.isfinite, losses)):  # the first is the sum of all bounds
-        bad = (~torch.isfinite(bounds)).nonzero().flatten().tolist()
+    if not all(map(math.isfinite, losses)):  # the first is the mean of neg_elbos
+        bad = (~torch.isfinite(neg_elbos)).nonzero().flatten().tolist()
         step = f"step {bad[0] + 1}" if bad else "the test after its last step"
         cause = "the steps are likely too large: try a smaller --lr"
         raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}. {run} holds epoch {epoch - 1}")
@@ -499,9 +496,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
         choices=utils.BINARIZE,
     )
     option("objective", "the bound that is trained on: the ELBO, or Burda et al.'s (2016)", choices=OBJECTIVES)
-    option("importance_samples", "draws of z an image for --objective iwae", type=int, metavar="K")
+    option("importance_samples", "draws of z an image for --objective iwae (1: the ELBO)", type=int, metavar="K")
     option("adam_eps", "Adam's epsilon, to be compared with gradients summed over the batch", type=float, metavar="X")
-    option("weight_decay", "decoupled weight decay, as in AdamW", type=float, metavar="X")
     option("average", "evaluate and keep a running average of the weights", action=argparse.BooleanOptionalAction)
     option("device", "auto is the first of cuda, mps and cpu that is there", choices=utils.DEVICES)
     option("seed", "of all that is random", type=int, metavar="N")

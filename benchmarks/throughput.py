@@ -203,13 +203,13 @@ def binarize_with_floats(images: Tensor, mode: str, generator: torch.Generator |
     return sample.float(), sample.float()
 
 
-def unfused(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(*args, **kwargs | {"fused": False})
+def unfused(*args: Any, adam: type = torch.optim.Adam, **kwargs: Any) -> torch.optim.Optimizer:
+    return adam(*args, **kwargs | {"fused": False})
 
 
 TRICKS = {
     "matrix products with rounded factors": lambda: patch.object(utils, "fast_matmul", contextlib.nullcontext),
-    "fused Adam": lambda: patch.object(torch.optim, "AdamW", unfused),
+    "fused Adam": lambda: patch.object(torch.optim, "Adam", unfused),
     "16 random bits a pixel, not 32": lambda: patch.object(utils, "binarize", binarize_with_floats),
     "weights averaged 50 times an epoch": lambda: patch.object(train, "AVERAGES_PER_EPOCH", 10**9),
     "a CUDA graph": lambda: patch.object(utils, "CudaGraph", lambda function: function),

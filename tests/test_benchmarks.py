@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import throughput
+import evaluate
+import utils
+from benchmarks import likelihood, throughput
 
 SMALL = ["--dataset=mnist-5k", "--images=600", "--hidden-size=16", "--latent-size=2", "--repeats=2", "--device=cpu"]
 
@@ -78,3 +80,29 @@ def test_bad_options(option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     error = capsys.readouterr().err
     assert option.split("=")[0] in error
     assert error.count("\n") == 1
+
+
+def test_likelihood_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    small = ["--dataset=mnist-5k", "--hidden-size=8", "--epochs=2", f"--out-dir={tmp_path}", "--device=cpu"]
+    recipes = ["kingma2014-2d", "pytorch-example"]
+    monkeypatch.setattr("sys.argv", ["likelihood.py", *recipes, "--after", "1", "--nll-samples=3", *small])
+    likelihood.main()
+    table = capsys.readouterr().out.splitlines()[-5:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]]
+    assert [row[:2] for row in rows] == [[recipe, epochs] for recipe in recipes for epochs in "12"]
+    test_images = utils.load_dataset("mnist-5k").test_images
+    for row, binarize in ((rows[1], "dynamic"), (rows[3], "none")):
+        model, _ = utils.load_checkpoint(next(tmp_path.glob("001*" if binarize == "dynamic" else "002*")))
+        metrics = evaluate.evaluate(model, test_images, binarize, 3 if binarize == "dynamic" else 1)
+        assert float(row[3]) == pytest.approx(metrics["neg_elbo"], abs=0.02)
+        assert row[4] == (f"{metrics['nll']:.2f} (3 samples)" if binarize == "dynamic" else "")
+        assert int(row[5]) == metrics["active_units"]
+
+
+def test_likelihood_refuses_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for wrong in ("--nll-samples=0", "--epochs=0"):
+        monkeypatch.setattr("sys.argv", ["likelihood.py", "original", wrong, f"--out-dir={tmp_path / 'runs'}"])
+        with pytest.raises(SystemExit) as stop:
+            likelihood.main()
+        assert stop.value.code == 2
+    assert not (tmp_path / "runs").exists()
