@@ -100,8 +100,9 @@ def test_likelihood_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_likelihood_refuses_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     for wrong in ("--nll-samples=0", "--epochs=0"):
-        monkeypatch.setattr("sys.argv", ["likelihood.py", "original", wrong, f"--out-dir={tmp_path / 'runs'}"])
+        monkeypatch.setattr("sys.argv", ["likelihood.py", "original", "--dataset=mnist-5k", "--epochs=1", wrong])
         with pytest.raises(SystemExit) as stop:
             likelihood.main()
         assert stop.value.code == 2

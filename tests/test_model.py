@@ -224,6 +224,7 @@ def test_importance_weights_equal_torch_distributions():
     log_likelihood = Bernoulli(decoder(z)).log_prob(targets).sum(-1)
     expected = log_likelihood + (Normal(0.0, 1.0).log_prob(z) - posterior.log_prob(z)).sum(-1)
     torch.testing.assert_close(log_importance_weights(decoder, targets, logvar, mu, eps), expected)
+    torch.testing.assert_close(log_importance_weights(decoder, targets.view(5, 1, 3, 4), logvar, mu, eps), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
