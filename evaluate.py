@@ -326,7 +326,7 @@ def parse_args() -> argparse.Namespace:
         "--binarize", choices=utils.BINARIZE, help="input and target (default: the run's, else dynamic)"
     )
     parser.add_argument(
-        "--nll-samples", type=int, default=100, help="importance samples an image (default: %(default)s)"
+        "--nll-samples", type=utils.count, default=100, help="importance samples an image (default: %(default)s)"
     )
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
     parser.add_argument(
@@ -337,8 +337,6 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: %(default)s)")
     args = parser.parse_args()
-    if not 0 < args.nll_samples < 2**31:
-        raise UserError(f"--nll-samples must be a whole number from 1 to 2^31, not {args.nll_samples}")
     if not 0 <= args.seed <= 2**40:
         raise UserError(f"--seed must be a whole number from 0 to 2^40, not {args.seed}")
     return args

@@ -57,6 +57,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def count(text: str) -> int:
+    """An argparse type: a whole number above 0."""
+    if not (text.isdecimal() and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2^31, not {text}")
+    return int(text)
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 

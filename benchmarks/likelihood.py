@@ -24,11 +24,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", choices=sorted(path.stem for path in RECIPES.iterdir()))
-    parser.add_argument("--after", nargs="+", type=int, default=[], metavar="EPOCH", help="rows on the way too")
-    parser.add_argument("--nll-samples", type=int, default=5000, metavar="K", help="(default: %(default)s)")
+    parser.add_argument("--after", nargs="+", type=utils.count, default=[], metavar="EPOCH", help="rows on the way too")
+    parser.add_argument("--nll-samples", type=utils.count, default=5000, metavar="K", help="(default: %(default)s)")
     args, others = parser.parse_known_args()
-    if not 0 < args.nll_samples < 2**31:
-        raise utils.UserError(f"--nll-samples must be a whole number from 1 to 2^31, not {args.nll_samples}")
     rows = [
         "| recipe | epochs | training time | neg_elbo | nll | active units |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -56,7 +54,7 @@ def train_recipe(recipe: str, options: dict[str, Any], after: list[int], nll_sam
         figures = (f"{minutes:.1f} min", f"{metrics['neg_elbo']:.2f}", nll, str(metrics["active_units"]))
         rows.append(f"| {' | '.join((recipe, str(len(history)), *figures))} |")
 
-    train.train(**options, on_epoch=add_row)
+    train.train(**options | {"dataset": data}, on_epoch=add_row)
     return rows
 
 

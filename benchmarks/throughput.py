@@ -322,21 +322,22 @@ def main() -> None:
     benchmarks = {"compare": compare, "tricks": tricks, "scaling": scaling, "results": results}
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", nargs="?", choices=benchmarks, default="compare")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a step (default: %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=512, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--latent-size", type=int, default=20, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--images", type=int, metavar="N", help="images a pass (default: all)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="passes of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's choice)")
+    parser.add_argument(
+        "--batch-size", type=utils.count, default=128, metavar="N", help="images a step (default: %(default)s)"
+    )
+    parser.add_argument("--hidden-size", type=utils.count, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--latent-size", type=utils.count, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--images", type=utils.count, metavar="N", help="images a pass (default: all)")
+    parser.add_argument(
+        "--repeats", type=utils.count, default=3, metavar="N", help="passes of each (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=utils.count, metavar="N", help="of the CPU (default: PyTorch's choice)")
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
     parser.add_argument("--dataset", choices=utils.DATASETS, default="auto", help="(default: %(default)s)")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where to write all that was measured")
     parser.add_argument("--picture", metavar="FILE", help="where compare and scaling draw a picture")
     args = parser.parse_args()
-    for name in ("batch_size", "hidden_size", "latent_size", "images", "repeats", "threads"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be a whole number above 0, not {value}")
     train.flush_denormals()
     if args.threads:
         torch.set_num_threads(args.threads)
