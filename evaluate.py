@@ -8,13 +8,14 @@
 Writes metrics.json and the pictures beside the checkpoint. All losses are in nats per image.
 """
 
-import argparse
 import base64
+import functools
 import io
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ try:
     from tqdm import tqdm
 
     import utils
-    from model import VAE, bernoulli_log_likelihood, kl_divergence, log_importance_weights
-    from utils import Dataset, UserError
+    from data import BINARIZE, DATASETS, ImageData, binarize_test_set, load_dataset
+    from model import VAE, Decoder, kl_divergence
+    from utils import UserError
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -37,31 +39,59 @@ except KeyboardInterrupt:
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NLL_SAMPLES = 100
+
+
+def in_eval_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function of a model: it runs in eval mode, without gradients, and leaves all modes as they were."""
+
+    @functools.wraps(function)
+    def wrapped(model: VAE, *args: Any, **kwargs: Any) -> Any:
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with torch.no_grad():
+                return function(model, *args, **kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    return wrapped
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
 
-@torch.no_grad()
+@in_eval_mode
 def elbo_terms(model: VAE, inputs: Tensor, targets: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
-    """The negative ELBO's terms, with one z an image: inputs and targets (N, D) -> BCE (N,) and KL (N, latent)."""
-    bces, kls = [], []
-    for x, target in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        z, logvar, mu = model.encode(x)
-        bces.append(-bernoulli_log_likelihood(model.decoder.logits(z), target))
-        kls.append(kl_divergence(logvar, mu))
+    """The negative ELBO's terms, with one z per image: inputs and targets (N, D) -> BCE and KL, each (N,)."""
+    pairs = zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+    bces, kls = zip(*(model.elbo_terms(x, target) for x, target in pairs), strict=True)
     return torch.cat(bces), torch.cat(kls)
 
 
-@torch.no_grad()
+@in_eval_mode
+def posteriors(model: VAE, inputs: Tensor, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+    """The parameters of q(z|x): inputs (N, D) -> logvar and mu, each (N, latent)."""
+    logvars, mus = zip(*(model.encode(x)[1:] for x in inputs.split(batch_size)), strict=True)
+    return torch.cat(logvars), torch.cat(mus)
+
+
+@in_eval_mode
 def estimate_nll(
-    model: VAE, inputs: Tensor, targets: Tensor, num_samples: int = 100, seed: int = 0, batch_size: int = 200
+    model: VAE,
+    inputs: Tensor,
+    targets: Tensor,
+    num_samples: int = NLL_SAMPLES,
+    seed: int = 0,
+    batch_size: int = 200,
 ) -> Tensor:
     """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N, D) -> (N,), in nats.
 
     A seed gives the same figures whatever the batch size, and memory does not grow with the number of samples.
     """
-    posteriors = [model.encode(x)[1:] for x in inputs.split(batch_size)]
-    logvar, mu = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
+    logvar, mu = posteriors(model, inputs, batch_size)
     generator = torch.Generator(mu.device).manual_seed(seed)
     total = torch.full_like(mu[:, 0], -math.inf, dtype=torch.promote_types(mu.dtype, torch.float32))
     bar = tqdm(total=num_samples, desc="nll", unit=" samples", leave=False, disable=None)
@@ -70,98 +100,101 @@ def estimate_nll(
             eps = torch.randn(len(chunk), *mu.shape, generator=generator, device=mu.device, dtype=mu.dtype)
             for start in range(0, len(inputs), batch_size):
                 i = slice(start, start + batch_size)
-                log_weights = log_importance_weights(model.decoder, targets[i], logvar[i], mu[i], eps[:, i])
+                log_weights = model.log_importance_weights(targets[i], logvar[i], mu[i], eps[:, i])
                 total[i] = torch.logaddexp(total[i], log_weights.logsumexp(0))  # the log of all weights' sum so far
             progress.update(len(chunk))
     return math.log(num_samples) - total
 
 
-@torch.no_grad()
-def is_active(model: VAE, inputs: Tensor, threshold: float = 0.01) -> Tensor:
-    """(latent,) bools: does the posterior mean vary over the data by more than threshold? (Burda et al. 2016)"""
-    return model.encode(inputs)[2].var(0) > threshold
+def is_active(mu: Tensor, threshold: float = 0.01) -> Tensor:
+    """(N, latent) posterior means -> (latent,): do they vary over the data by more than threshold? (Burda et al.)"""
+    return mu.var(0) > threshold
 
 
 def evaluate(
-    model: VAE, images: Tensor, binarize: str = "dynamic", nll_samples: int = 100, seed: int = 0
+    model: VAE, images: Tensor, binarize: str = "dynamic", nll_samples: int = NLL_SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """All metrics of a model on uint8 images (N, input_size) that are on its device. Reseeds PyTorch.
+    """All metrics of a model on uint8 images (N, H, W) or (N, D). Reseeds PyTorch.
 
-    In nats per image; a name with _se is the standard error over the images.
+    In nats per image; a name with _se is the standard error over the images. nll and nll_se are None where the
+    model's log_likelihood is no likelihood of the targets (a Bernoulli's, of gray ones), and kl_per_latent where its
+    prior has no KL by latent dimension.
     """
     torch.manual_seed(seed)
-    inputs, targets = utils.binarize_test_set(images, binarize)
+    inputs, targets = binarize_test_set(images.to(next(model.parameters()).device), binarize)
     bce, kl = elbo_terms(model, inputs, targets)
-    neg_elbo = bce + kl.sum(1)
-    nll = estimate_nll(model, inputs, targets, nll_samples, seed)
+    logvar, mu = posteriors(model, inputs)
+    neg_elbo, neg_elbo_se = _mean_and_error(bce + kl)
+    nll, nll_se = None, None
+    if model.is_likelihood(targets):
+        nll, nll_se = _mean_and_error(estimate_nll(model, inputs, targets, nll_samples, seed))
     return {
-        "neg_elbo": neg_elbo.mean().item(),
-        "neg_elbo_se": neg_elbo.std().item() / math.sqrt(len(images)),
+        "neg_elbo": neg_elbo,
+        "neg_elbo_se": neg_elbo_se,
         "bce": bce.mean().item(),
-        "kl": kl.sum(1).mean().item(),
-        "kl_per_latent": kl.mean(0).tolist(),
-        "nll": nll.mean().item(),
-        "nll_se": nll.std().item() / math.sqrt(len(images)),
+        "kl": kl.mean().item(),
+        "kl_per_latent": kl_divergence(logvar, mu).mean(0).tolist() if model.has_standard_prior() else None,
+        "nll": nll,
+        "nll_se": nll_se,
         "nll_samples": nll_samples,
-        "active_units": int(is_active(model, inputs).sum()),
+        "active_units": int(is_active(mu).sum()),
+        "latent_size": mu.shape[1],
         "num_images": len(images),
     }
 
 
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures: every draw_ function returns a matplotlib figure, which a notebook shows and save_figure writes
+# Pictures: every draw_ function returns a matplotlib figure, which a notebook shows and save_figure writes. `inputs`
+# (N, D) are what the encoder is given of the data set's test images, from binarize_test_set
 
 
-def draw_reconstructions(model: VAE, dataset: Dataset, binarize: str, caption: str) -> "Figure":
-    """One test image of each class that has any, what the encoder was given of it, and its reconstruction."""
-    labels = dataset.test_labels.unique().tolist()
-    images = dataset.test_images[[int((dataset.test_labels == label).nonzero()[0]) for label in labels]]
-    inputs, _ = utils.binarize_test_set(images, binarize)
-    rows = {"image": images / 255, "input": inputs, "reconstruction": model.reconstruct(inputs)}
-    if binarize != "dynamic":
-        del rows["input"]  # the image as it is
-    figure, axes = _new_figure(len(images), len(rows), f"Reconstructions of test images\n{caption}")
-    _show_tiles(axes, torch.cat(list(rows.values())), len(rows))
-    _label_tiles(axes, rows=list(rows), columns=[dataset.classes[label] for label in labels])
-    return figure
+@in_eval_mode
+def draw_reconstructions(model: VAE, dataset: ImageData, inputs: Tensor, caption: str) -> "Figure":
+    """Ten test images, of as many classes as there are, with what the encoder was given, and the reconstructions."""
+    chosen = _in_turn(dataset.test_labels.tolist(), 10)
+    images = dataset.test_images[chosen].flatten(1).to(inputs.device) / 255
+    rows = {"image": images, "input": inputs[chosen], "reconstruction": model.reconstruct(inputs[chosen])}
+    if torch.equal(rows["input"], images):
+        del rows["input"]
+    columns = [dataset.classes[dataset.test_labels[i]] for i in chosen]
+    title = f"Reconstructions of test images\n{caption}"
+    return draw_tiles(torch.cat(list(rows.values())), len(rows), dataset.shape, title, list(rows), columns)
 
 
-def draw_prior_samples(model: VAE, caption: str, seed: int = 0) -> "Figure":
-    """A hundred decoded draws of the prior, always the same ones for a seed."""
+@in_eval_mode
+def draw_prior_samples(model: VAE, caption: str, shape: tuple[int, int] = (28, 28), seed: int = 0) -> "Figure":
+    """The decoded means of a hundred draws of the prior, always the same ones for a seed."""
     device = next(model.parameters()).device
-    z = torch.randn(100, model.config["latent_size"], generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        images = model.decode(z.to(device))
-    figure, axes = _new_figure(10, 10, f"Samples from the prior\n{caption}")
-    _show_tiles(axes, images, 10)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        images = model.sample(100)
+    return draw_tiles(images, 10, shape, f"Samples from the prior\n{caption}")
+
+
+@in_eval_mode
+def draw_interpolations(model: VAE, dataset: ImageData, inputs: Tensor, caption: str) -> "Figure":
+    """Straight walks in latent space between test images' posterior means, of different classes where there are any."""
+    labels, steps = dataset.test_labels.tolist(), 11
+    ends = _in_turn(labels, 10, backwards=True)
+    half = max(1, len(ends) // 2)
+    pairs = list(zip(ends[:half], ends[-half:], strict=True))
+    start, end = posteriors(model, inputs[torch.tensor(pairs).flatten()])[1].view(half, 2, 1, -1).unbind(1)
+    z = torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None])
+    names = [" to ".join(dataset.classes[labels[i]] for i in pair) for pair in pairs]
+    shares = [f"{step / (steps - 1):.1f}" for step in range(steps)]
+    title = f"Decoded walks between test images' posterior means\n{caption}"
+    figure = draw_tiles(model.decode(z.flatten(0, 1)), half, dataset.shape, title, names, shares)
+    figure.axes[0].set_xlabel("share of the way")
     return figure
 
 
-def draw_interpolations(model: VAE, dataset: Dataset, binarize: str, caption: str) -> "Figure":
-    """Straight walks in latent space between the posterior means of test images of different classes."""
-    labels, steps = dataset.test_labels, 11
-    pairs = [(label, (label + 5) % len(dataset.classes)) for label in range(5)]
-    ends = [int((labels == label).nonzero()[-1]) for pair in pairs for label in pair]
-    inputs, _ = utils.binarize_test_set(dataset.test_images[ends], binarize)
-    with torch.no_grad():
-        start, end = model.encode(inputs)[2].view(len(pairs), 2, 1, -1).unbind(1)
-        z = torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device)[:, None])
-        images = model.decode(z).flatten(0, 1)
-    figure, axes = _new_figure(steps, len(pairs), f"Decoded walks between test images' posterior means\n{caption}")
-    _show_tiles(axes, images, len(pairs))
-    names = [f"{dataset.classes[a]} to {dataset.classes[b]}" for a, b in pairs]
-    _label_tiles(axes, rows=names, columns=[f"{step / (steps - 1):.1f}" for step in range(steps)])
-    axes.set_xlabel("share of the way")
-    return figure
-
-
-def draw_latent_space(model: VAE, dataset: Dataset, binarize: str, caption: str) -> "Figure":
+def draw_latent_space(model: VAE, dataset: ImageData, inputs: Tensor, caption: str) -> "Figure":
     """The test images' posterior means coloured by class: on the first two principal components above two latents."""
-    import matplotlib
-
-    inputs, _ = utils.binarize_test_set(dataset.test_images, binarize)
-    with torch.no_grad():
-        mu = model.encode(inputs)[2].float().cpu()
+    mu = posteriors(model, inputs)[1].float().cpu()
     names = [f"$z_{i + 1}$" for i in range(mu.shape[1])]
     if mu.shape[1] > 2:
         centred = mu - mu.mean(0)
@@ -174,21 +207,29 @@ def draw_latent_space(model: VAE, dataset: Dataset, binarize: str, caption: str)
         mu, names = torch.cat([mu, labels[:, None]], 1), [*names, "class"]
 
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
-    colors = matplotlib.color_sequences["petroff10"]  # told apart by the colour-blind too (arXiv 2107.02270)
+    colors = class_colors(len(dataset.classes))
     axes.scatter(*mu.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
-    for name, color in zip(dataset.classes, colors, strict=False):
+    shown = 40  # of the classes, as many as the legend has room for
+    for name, color in zip(dataset.classes[:shown], colors, strict=False):
         axes.scatter([], [], color=color, label=name)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    title = f"the first {shown} of {len(colors)} classes" if len(colors) > shown else None
+    legend = {"ncols": -(-min(shown, len(colors)) // 20), "fontsize": 10 if len(colors) <= 20 else 7}
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=title, **legend)
     axes.set(xlabel=names[0], ylabel=names[1])
     return figure
 
 
-def draw_latent_usage(model: VAE, dataset: Dataset, binarize: str, caption: str) -> "Figure":
-    """The mean KL of each latent dimension over the test images, sorted: what the encoder says through each."""
-    inputs, targets = utils.binarize_test_set(dataset.test_images, binarize)
-    kl = elbo_terms(model, inputs, targets)[1].mean(0).cpu()
+def draw_latent_usage(model: VAE, inputs: Tensor, caption: str) -> "Figure":
+    """The mean KL of each latent dimension over the test images, sorted: what the encoder says through each.
+
+    Raises ValueError where the prior is not N(0, I), and has no KL by latent dimension.
+    """
+    if not model.has_standard_prior():
+        raise ValueError("the prior is not N(0, I), and has no KL by latent dimension")
+    logvar, mu = posteriors(model, inputs)
+    kl = kl_divergence(logvar, mu).mean(0).cpu()
     order = kl.argsort(descending=True)
-    active = is_active(model, inputs).cpu()[order]
+    active = is_active(mu).cpu()[order]
     figure, axes = _new_figure(
         max(8, 0.4 * len(kl)), 6, f"KL of each latent dimension, over the test images\n{caption}"
     )
@@ -204,69 +245,129 @@ def draw_latent_usage(model: VAE, dataset: Dataset, binarize: str, caption: str)
     return figure
 
 
-def draw_manifold(model: VAE, caption: str, steps: int = 20) -> "Figure":
+@in_eval_mode
+def draw_manifold(model: VAE, caption: str, shape: tuple[int, int] = (28, 28), steps: int = 20) -> "Figure":
     """A two-dimensional latent space decoded at equal quantiles of the prior (Kingma & Welling 2014, figure 4)."""
-    device = next(model.parameters()).device
-    values = torch.special.ndtri((torch.arange(steps) + 0.5) / steps)
-    with torch.no_grad():
-        z = torch.cartesian_prod(values.flip(0), values).flip(1)  # z_2 upwards, z_1 to the right
-        images = model.decode(z.to(device))
-    figure, axes = _new_figure(steps, steps, f"Images decoded at equal quantiles of the prior\n{caption}")
-    _show_tiles(axes, images, steps)
-    ticks = [f"{value:.1f}" for value in values.tolist()]
-    _label_tiles(axes, rows=ticks[::-1], columns=ticks)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$")
+    images, (x, y) = decode_manifold(model, steps)
+    rows, columns = ([f"{value:.1f}" for value in values] for values in (y, x))
+    title = f"Images decoded at equal quantiles of the prior\n{caption}"
+    figure = draw_tiles(images, steps, shape, title, rows, columns)
+    figure.axes[0].set(xlabel="$z_1$", ylabel="$z_2$")
     return figure
 
 
-def make_explorer(model: VAE, dataset: Dataset, binarize: str, caption: str, num_points: int = 500) -> str:
+@in_eval_mode
+def decode_manifold(model: VAE, steps: int) -> tuple[Tensor, tuple[list[float], list[float]]]:
+    """The tiles of draw_manifold (steps * steps, D), row by row, and their z_1 to the right and z_2 downwards.
+
+    The quantiles are those of N(0, 1), or of 10,000 draws of another prior, along each axis.
+    """
+    weight = next(model.parameters())
+    shares = ((torch.arange(steps) + 0.5) / steps).to(weight)
+    if model.has_standard_prior():
+        x = y = torch.special.ndtri(shares)
+    else:
+        x, y = torch.quantile(model.sample_prior(10_000), shares, dim=0).T
+    z = torch.cartesian_prod(y.flip(0), x).flip(1)
+    return model.decode(z), (x.tolist(), y.flip(0).tolist())
+
+
+def draw_tiles(
+    images: Tensor,
+    rows: int,
+    shape: tuple[int, int],
+    title: str,
+    row_labels: list[str] | None = None,
+    column_labels: list[str] | None = None,
+) -> "Figure":
+    """(rows * columns, H * W) images in [0, 1] as one picture, row by row."""
+    height, width = shape
+    columns = len(images) // rows
+    figure, axes = _new_figure(columns, rows, title)
+    axes.imshow(tile(images, rows, shape).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_yticks([(row + 0.5) * height for row in range(rows if row_labels else 0)], row_labels or [], fontsize=8)
+    middles = [(column + 0.5) * width for column in range(columns if column_labels else 0)]
+    axes.set_xticks(middles, column_labels or [], fontsize=8)
+    axes.tick_params(length=0)
+    return figure
+
+
+def tile(images: Tensor, rows: int, shape: tuple[int, int] = (28, 28)) -> Tensor:
+    """(rows * columns, D) images as one picture, row by row: (rows * H, columns * W), on the CPU."""
+    height, width = shape
+    tiles = images.detach().float().cpu().view(rows, -1, height, width)
+    return tiles.transpose(1, 2).reshape(rows * height, -1)
+
+
+def class_colors(num_classes: int) -> list[Any]:
+    """A colour for each class: of up to ten, such as the colour-blind tell apart too (arXiv 2107.02270)."""
+    import matplotlib
+
+    if num_classes <= 10:
+        return list(matplotlib.color_sequences["petroff10"])[:num_classes]
+    return list(matplotlib.colormaps["turbo"](torch.linspace(0, 1, num_classes).tolist()))
+
+
+def make_explorer(model: VAE, dataset: ImageData, inputs: Tensor, caption: str, num_points: int = 500) -> str:
     """A web page with the decoder in it, in which the latent space can be explored: assets/explorer.html, filled in.
 
-    Floats lose their lowest byte, which moves a probability by less than 1e-4. Raises UserError for a single latent,
-    for images that are not square, and for a decoder so large that the page would be too.
+    Floats lose their lowest byte, which moves a probability by less than 1e-4. Raises UserError as check_explorer does.
     """
     import matplotlib
 
-    linear = list(model.decoder.children())
-    if sum(layer.weight.numel() for layer in linear) > 1_200_000:
-        raise UserError("the decoder has more than 1.2 million weights, too many for a web page")
-    if model.config["latent_size"] < 2:
-        raise UserError("the explorer needs two latents or more")
-    if math.isqrt(linear[-1].out_features) ** 2 != linear[-1].out_features:
-        raise UserError("the explorer shows square images only")
+    check_explorer(model, dataset)
 
     def encode(values: Tensor) -> str:
         bits = values.detach().float().cpu().contiguous().view(torch.int32) + 0x80  # rounds to 24 bits
         return base64.b64encode(bits.view(torch.uint8).view(-1, 4)[:, 1:].contiguous().numpy()).decode()
 
-    chosen = torch.linspace(0, len(dataset.test_images) - 1, min(num_points, len(dataset.test_images))).long()
-    inputs, targets = utils.binarize_test_set(dataset.test_images, binarize)
-    kl = elbo_terms(model, inputs, targets)[1].mean(0)
-    with torch.no_grad():
-        mu = model.encode(inputs[chosen])[2]
+    chosen = torch.linspace(0, len(inputs) - 1, min(num_points, len(inputs))).long()
+    logvar, mu = posteriors(model, inputs)
+    kl = kl_divergence(logvar, mu).mean(0)
     latent_size = len(kl)
     content = {
         "caption": caption,
         "latent_size": latent_size,
         "activation": model.config["activation"],
-        "layers": [{"weight": encode(layer.weight), "bias": encode(layer.bias)} for layer in linear],
+        "layers": [{"weight": encode(layer.weight), "bias": encode(layer.bias)} for layer in model.decoder.children()],
         "kl": kl.tolist(),
         "order": [0, 1] if latent_size == 2 else kl.argsort(descending=True).tolist(),
         "classes": dataset.classes,
-        "colors": [matplotlib.colors.to_hex(color) for color in matplotlib.color_sequences["petroff10"]],
+        "colors": [matplotlib.colors.to_hex(color) for color in class_colors(len(dataset.classes))],
         "points": [
             {"mu": [round(value, 3) for value in row], "label": label}
-            for row, label in zip(mu.tolist(), dataset.test_labels[chosen].tolist(), strict=True)
+            for row, label in zip(mu[chosen].tolist(), dataset.test_labels[chosen].tolist(), strict=True)
         ],
     }
     text = json.dumps(content).replace("</", "<\\/")  # nothing in it ends the script element
     return (Path(__file__).parent / "assets" / "explorer.html").read_text().replace("DATA", text, 1)
 
 
+def check_explorer(model: VAE, dataset: ImageData) -> None:
+    """Raises UserError for a model or images that the explorer can't show."""
+    methods = ("outputs", "mean", "log_prior", "sample_prior")
+    if type(model.decoder) is not Decoder or any(
+        getattr(type(model), name) is not getattr(VAE, name) for name in methods
+    ):
+        raise UserError("the explorer is for fully connected decoders of pixel probabilities and the prior N(0, I)")
+    if sum(weight.numel() for weight in model.decoder.parameters()) > 2_000_000:
+        raise UserError("the decoder has more than 2 million weights, too many for a web page")
+    if model.config["latent_size"] < 2:
+        raise UserError("the explorer needs two latents or more")
+    if dataset.shape[0] != dataset.shape[1]:
+        raise UserError("the explorer shows square images only")
+
+
+def bce_label(model: VAE) -> str:
+    """The name of the loss's first term, -log p(x|z): BCE, where it is a binary cross-entropy."""
+    return "BCE" if type(model).log_likelihood is VAE.log_likelihood else "-log p(x|z)"
+
+
 def describe(dataset: str, binarize: str, model: VAE, epoch: int | None) -> str:
     """The pictures' caption: what was trained on what."""
+    what = "" if type(model) is VAE else f"{type(model).__name__}, "
     after = "" if epoch is None else f", epoch {epoch}"
-    return f"{dataset}, binarize {binarize}, latent size {model.config['latent_size']}{after}"
+    return f"{what}{dataset}, binarize {binarize}, latent size {model.config['latent_size']}{after}"
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -276,15 +377,23 @@ def save_figure(figure: "Figure", path: Path) -> None:
     utils.write_atomically(path, buffer.getvalue())
 
 
-def draw_all(model: VAE, dataset: Dataset, binarize: str, caption: str) -> Iterator[tuple[str, "Figure"]]:
-    """The file name and figure of each picture."""
-    yield "reconstructions.png", draw_reconstructions(model, dataset, binarize, caption)
-    yield "prior_samples.png", draw_prior_samples(model, caption)
-    yield "interpolations.png", draw_interpolations(model, dataset, binarize, caption)
-    yield "latent_space.png", draw_latent_space(model, dataset, binarize, caption)
-    yield "latent_usage.png", draw_latent_usage(model, dataset, binarize, caption)
+def draw_all(model: VAE, dataset: ImageData, inputs: Tensor, caption: str) -> Iterator[tuple[str, "Figure"]]:
+    """The file name and figure of each picture that there is of such a model."""
+    yield "reconstructions.png", draw_reconstructions(model, dataset, inputs, caption)
+    yield "prior_samples.png", draw_prior_samples(model, caption, dataset.shape)
+    yield "interpolations.png", draw_interpolations(model, dataset, inputs, caption)
+    yield "latent_space.png", draw_latent_space(model, dataset, inputs, caption)
+    if model.has_standard_prior():
+        yield "latent_usage.png", draw_latent_usage(model, inputs, caption)
     if model.config["latent_size"] == 2:
-        yield "manifold.png", draw_manifold(model, caption)
+        yield "manifold.png", draw_manifold(model, caption, dataset.shape)
+
+
+def _in_turn(labels: list[int], count: int, backwards: bool = False) -> list[int]:
+    """The first `count` indices in the order: first (or last) image of each class, second of each, and so on."""
+    order = range(len(labels))[:: -1 if backwards else 1]
+    by_class = ([i for i in order if labels[i] == label] for label in sorted(set(labels)))
+    return [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None][:count]
 
 
 def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]:
@@ -296,38 +405,104 @@ def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]
     return figure, axes
 
 
-def _show_tiles(axes: Any, images: Tensor, rows: int) -> None:
-    """Shows (rows * columns, D) square images in [0, 1] as one picture, row by row."""
-    side = math.isqrt(images.shape[1])
-    tiles = images.float().cpu().view(rows, -1, side, side).permute(0, 2, 1, 3).reshape(rows * side, -1)
-    axes.imshow(tiles.numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-
-
-def _label_tiles(axes: Any, rows: list[str], columns: list[str]) -> None:
-    side = axes.images[0].get_array().shape[0] / len(rows)
-    axes.set_yticks([(row + 0.5) * side for row in range(len(rows))], rows, fontsize=8)
-    axes.set_xticks([(column + 0.5) * side for column in range(len(columns))], columns, fontsize=8)
-    axes.tick_params(length=0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def parse_args() -> argparse.Namespace:
+def evaluate_run(
+    run: str | Path,
+    model: VAE | None = None,
+    dataset: str | None = None,
+    data_dir: str | Path = "data",
+    binarize: str | None = None,
+    nll_samples: int = NLL_SAMPLES,
+    device: str = "auto",
+    out_dir: str | Path | None = None,
+    explorer: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures -> metrics.
+
+    A checkpoint of a subclass of VAE needs such a model. dataset and binarize are by default those of the run, and
+    out_dir is beside the checkpoint. Raises UserError for a bad value or file, and OSError.
+    """
+    device = utils.choose_device(device)
+    path = utils.checkpoint_path(run)
+    model, checkpoint = utils.load_checkpoint(path, model)
+    options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
+    binarize = binarize or options.get("binarize", "dynamic")
+    name = dataset or options.get("dataset", "auto")
+    if binarize not in BINARIZE or not isinstance(name, str):
+        raise UserError(f"{path} was trained with options that are none of this program's")
+    is_folder = name not in DATASETS and Path(name).is_dir()
+    dataset = load_dataset(name, data_dir, math.isqrt(model.config["input_size"]) if is_folder else None)
+    if model.config["input_size"] != dataset.input_size:
+        sizes = f"{model.config['input_size']} values per image, {dataset.name} has {dataset.input_size}"
+        raise UserError(f"{path} is a model of {sizes}")
+    if explorer:
+        check_explorer(model, dataset)
+    out_dir = Path(out_dir or path.parent)
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    model = model.to(device)
+    inputs, _ = binarize_test_set(dataset.test_images.to(device), binarize)
+    metrics = evaluate(model, dataset.test_images, binarize, nll_samples, seed)
+    metrics |= {"dataset": dataset.name, "binarize": binarize}
+    caption = describe(dataset.name, binarize, model, checkpoint.get("epoch"))
+    print_metrics(metrics, f"{path}: {caption}", bce_label(model))
+    utils.write_atomically(out_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    for name, figure in draw_all(model, dataset, inputs, caption):
+        save_figure(figure, out_dir / name)
+        print(f"wrote {out_dir / name}")
+    if explorer:
+        page = make_explorer(model, dataset, inputs, caption)
+        utils.write_atomically(out_dir / "explorer.html", page.encode())
+        print(f"wrote {out_dir / 'explorer.html'}: open it in a browser")
+    return metrics
+
+
+def print_metrics(metrics: dict[str, Any], title: str, bce: str = "BCE") -> None:
+    """Prints what evaluate returns; bce is the name of the loss's first term."""
+    print(f"{title}; {metrics['num_images']:,} test images")
+    if metrics["nll"] is None:
+        print(
+            "Targets are gray: the figures below are cross-entropies, not likelihoods, and compare with no other mode"
+        )
+    print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
+    print(f"    {bce.lower():11s} {metrics['bce']:8.2f}")
+    if metrics["kl_per_latent"] is None:
+        print(f"    kl          {metrics['kl']:8.2f}, from one draw per image: the prior has no KL by latent")
+    else:
+        print(f"    kl          {metrics['kl']:8.2f}, by latent, sorted:")
+        kls = [f"{kl:5.2f}" for kl in sorted(metrics["kl_per_latent"], reverse=True)]
+        for start in range(0, len(kls), 10):
+            print(" " * 16 + " ".join(kls[start : start + 10]))
+    if metrics["nll"] is not None:
+        how = f"standard error {metrics['nll_se']:.2f}, {metrics['nll_samples']:,} importance samples"
+        print(f"  nll           {metrics['nll']:8.2f} nats per image, {how}")
+    print(f"  active_units  {metrics['active_units']:8d} of {metrics['latent_size']} latents")
+
+
+def add_nll_samples(parser: utils.ArgumentParser) -> None:
+    help = f"importance samples per image (default: {NLL_SAMPLES})"
+    parser.add_argument("--nll-samples", type=utils.count, default=NLL_SAMPLES, metavar="K", help=help)
+
+
+@utils.command
+def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
-    parser.add_argument("run", nargs="?", help="run folder or checkpoint file (default: the newest run in runs/)")
-    parser.add_argument("--dataset", choices=utils.DATASETS, help="test set (default: the run's, else auto)")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default="runs",
+        help="run folder or checkpoint file, or a folder of runs, of which the newest counts (default: %(default)s)",
+    )
+    parser.add_argument("--dataset", help="test set: a name or path, as for train.py (default: the run's, else auto)")
     parser.add_argument(
         "--data-dir", default="data", help="where data sets are read and downloaded (default: %(default)s)"
     )
-    parser.add_argument(
-        "--binarize", choices=utils.BINARIZE, help="input and target (default: the run's, else dynamic)"
-    )
-    parser.add_argument(
-        "--nll-samples", type=utils.count, default=100, help="importance samples an image (default: %(default)s)"
-    )
+    parser.add_argument("--binarize", choices=BINARIZE, help="input and target (default: the run's, else dynamic)")
+    add_nll_samples(parser)
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
     parser.add_argument(
         "--out-dir", help="where metrics.json and the pictures are written (default: beside the checkpoint)"
@@ -339,59 +514,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.seed <= 2**40:
         raise UserError(f"--seed must be a whole number from 0 to 2^40, not {args.seed}")
-    return args
-
-
-@utils.command
-def main() -> None:
-    args = parse_args()
-    device = utils.choose_device(args.device)
-    path = utils.checkpoint_path(utils.newest_run("runs") if args.run is None else args.run)
-    model, checkpoint = utils.load_checkpoint(path)
-    options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
-    binarize = args.binarize or options.get("binarize", "dynamic")
-    name = args.dataset or options.get("dataset", "auto")
-    if name not in utils.DATASETS:
-        raise UserError(f"{path} was trained on a data set of your own, {name!r}: call evaluate.evaluate in Python")
-    dataset = utils.load_dataset(name, args.data_dir)
-    if model.config["input_size"] != dataset.test_images.shape[1]:
-        sizes = f"{model.config['input_size']} values an image, {dataset.name} has {dataset.test_images.shape[1]}"
-        raise UserError(f"{path} is a model of {sizes}")
-    out_dir = Path(args.out_dir or path.parent)
-    out_dir.mkdir(parents=True, exist_ok=True)
-
-    dataset = dataset.to(device)
-    model = model.to(device)
-    metrics = evaluate(model, dataset.test_images, binarize, args.nll_samples, args.seed)
-    metrics |= {"dataset": dataset.name, "binarize": binarize}
-    caption = describe(dataset.name, binarize, model, checkpoint.get("epoch"))
-    print_metrics(metrics, f"{path}: {caption}")
-    utils.write_atomically(out_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    for name, figure in draw_all(model, dataset, binarize, caption):
-        save_figure(figure, out_dir / name)
-        print(f"wrote {out_dir / name}")
-    if args.explorer:
-        page = make_explorer(model, dataset, binarize, caption)
-        utils.write_atomically(out_dir / "explorer.html", page.encode())
-        print(f"wrote {out_dir / 'explorer.html'}: open it in a browser")
-
-
-def print_metrics(metrics: dict[str, Any], title: str) -> None:
-    print(f"{title}; {metrics['num_images']:,} test images")
-    if metrics["binarize"] == "none":
-        print(
-            "Targets are gray: the figures below are cross-entropies, not likelihoods, and compare with no other mode"
-        )
-    print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
-    print(f"    bce         {metrics['bce']:8.2f}")
-    print(f"    kl          {metrics['kl']:8.2f}, by latent, sorted:")
-    kls = [f"{kl:5.2f}" for kl in sorted(metrics["kl_per_latent"], reverse=True)]
-    for start in range(0, len(kls), 10):
-        print(" " * 16 + " ".join(kls[start : start + 10]))
-    if metrics["binarize"] != "none":
-        how = f"standard error {metrics['nll_se']:.2f}, {metrics['nll_samples']:,} importance samples"
-        print(f"  nll           {metrics['nll']:8.2f} nats per image, {how}")
-    print(f"  active_units  {metrics['active_units']:8d} of {len(metrics['kl_per_latent'])} latents")
+    evaluate_run(**vars(args))
 
 
 if __name__ == "__main__":

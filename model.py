@@ -6,12 +6,19 @@ The whole method in one file that needs torch alone: copy it into your own proje
     z --Decoder--> x_hat                                    p(x|z) = Bernoulli(x_hat), p(z) = N(0, I)
 
     vae = VAE()
-    x_hat, logvar, mu, z = vae(x)                           # x: (B, 784) or (B, 1, 28, 28), values in [0, 1]
-    loss_criterion(x_hat, x, logvar, mu).backward()
-    log_weights = log_importance_weights(vae.decoder, x, logvar, mu, eps=torch.randn(100, *mu.shape))
+    bce, kl = vae.elbo_terms(x, x)                          # x: (B, 784) or (B, 1, 28, 28), values in [0, 1]
+    (bce + kl).sum().backward()                             # the negative ELBO, in nats
+    x_hat, logvar, mu, z = vae(x)
+    log_weights = vae.log_importance_weights(x, logvar, mu, eps=torch.randn(100, *mu.shape))
     nll_from_log_weights(log_weights)                       # -log p(x) of each image, estimated from 100 samples
 
-Shapes: B images, K samples of z an image. Losses and log-probabilities are in nats.
+A subclass of VAE changes one thing by overriding one thing, and all losses and metrics follow:
+
+    the networks      other modules in self.encoder, self.latent_z or self.decoder
+    the prior         log_prior and sample_prior
+    the likelihood    log_likelihood, with the mean of the pixels and the support of the targets
+
+Shapes: B images, K samples of z per image. Losses and log-probabilities are in nats.
 """
 
 import math
@@ -19,6 +26,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 ACTIVATIONS = {"relu": F.relu, "tanh": F.tanh, "silu": F.silu}
 
@@ -28,25 +36,12 @@ class Encoder(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int = 2, activation: str = "relu"):
         super().__init__()
-        self.input_size = input_size
         self.activation = ACTIVATIONS[activation]
         for i in range(num_layers):
             self.add_module(f"fc{i + 1}", nn.Linear(hidden_size if i else input_size, hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) floats, flattened to (B, input_size) -> (B, hidden_size).
-
-        Raises ValueError where the sizes after the first do not multiply to input_size, or x is not floating point.
-        """
-        if x.dim() < 2 or math.prod(x.shape[1:]) != self.input_size:
-            raise ValueError(
-                f"expected images of shape (B, ...) with {self.input_size} values each, got {tuple(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f"expected floats in [0, 1] of shape (B, {self.input_size}), got {x.dtype} {tuple(x.shape)}"
-            )
-        x = x.flatten(1)
+        """(B, input_size) -> (B, hidden_size)."""
         for layer in self.children():
             x = self.activation(layer(x))
         return x
@@ -95,7 +90,18 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder, LatentZ and Decoder. `config` holds the arguments, so that VAE(**vae.config) builds the same model."""
+    """Encoder, LatentZ and Decoder, with the prior p(z) and the likelihood p(x|z).
+
+    `config` holds the arguments, so that VAE(**vae.config) builds the same model. A subclass may replace
+
+    - self.encoder: any module (B, input_size) -> hidden. Images arrive flat.
+    - self.latent_z: any module hidden -> z, logvar, mu, each (B, latent_size).
+    - self.decoder: any module (..., latent_size) -> outputs (..., D), which log_likelihood and mean take: by default
+      one logit per pixel. z arrives as (B, latent_size), and as (K, B, latent_size) from importance sampling. Where
+      the module has a method `logits`, as Decoder has, that is called.
+    """
+
+    support: constraints.Constraint = constraints.boolean  # the targets of which log_likelihood is a likelihood
 
     def __init__(
         self,
@@ -125,13 +131,28 @@ class VAE(nn.Module):
         self.latent_z = LatentZ(hidden_size, latent_size)
         self.decoder = Decoder(latent_size, hidden_size, input_size, decoder_layers, activation)
 
+    # The networks
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, ...) images in [0, 1] -> z, logvar, mu, each (B, latent_size), with z drawn from q(z|x)."""
-        return self.latent_z(self.encoder(x))
+        """(B, ...) images in [0, 1] -> z, logvar, mu, each (B, latent_size), with z drawn from q(z|x).
+
+        Raises ValueError where the sizes after the first do not multiply to input_size, or x is not floating point.
+        """
+        size = self.config["input_size"]
+        if x.dim() < 2 or math.prod(x.shape[1:]) != size:
+            raise ValueError(f"expected images of shape (B, ...) with {size} values each, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"expected floats in [0, 1] of shape (B, {size}), got {x.dtype} {tuple(x.shape)}")
+        return self.latent_z(self.encoder(x.flatten(1)))
+
+    def outputs(self, z: Tensor) -> Tensor:
+        """(..., latent_size) -> what the decoder gives before any sigmoid: (..., D), by default the pixels' logits."""
+        decode = getattr(self.decoder, "logits", self.decoder)
+        return _at_least_float32(decode(z))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(..., latent_size) -> pixel probabilities (..., input_size)."""
-        return self.decoder(z)
+        """(..., latent_size) -> the pixels' means (..., input_size), by default their probabilities of being on."""
+        return self.mean(self.outputs(z))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, ...) images in [0, 1] -> x_hat (B, input_size), and logvar, mu, z, each (B, latent_size)."""
@@ -140,21 +161,80 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Images -> pixel probabilities of the same shape, decoded from the mean of q(z|x)."""
+        """Images -> the pixels' means, of the same shape, decoded from the mean of q(z|x)."""
         _, _, mu = self.encode(x)
         return self.decode(mu).view(x.shape)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """Pixel probabilities (n, input_size), decoded from n draws of the prior."""
-        weight = self.latent_z.mu.weight
-        return self.decode(torch.randn(n, self.config["latent_size"], dtype=weight.dtype, device=weight.device))
+        """The pixels' means (n, input_size), decoded from n draws of the prior."""
+        return self.decode(self.sample_prior(n))
+
+    # The prior p(z)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """log p(z): (..., latent_size) -> (...), in nats."""
+        return log_standard_normal(z)
+
+    def sample_prior(self, n: int) -> Tensor:
+        """(n, latent_size): draws of p(z), of the weights' type and on their device."""
+        weight = next(self.parameters())
+        return torch.randn(n, self.config["latent_size"], dtype=weight.dtype, device=weight.device)
+
+    # The likelihood p(x|z)
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """log p(x|z): outputs (..., D), targets (B, input_size) that broadcast to them -> (...), in nats."""
+        targets = targets.to(outputs.dtype).expand_as(outputs)
+        return -F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").sum(-1)
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """E[x|z], which pictures show: outputs (..., D) -> (..., input_size), in [0, 1]."""
+        return torch.sigmoid(outputs)
+
+    def is_likelihood(self, targets: Tensor) -> bool:
+        """Is log_likelihood one of such targets (B, input_size)? A Bernoulli's is of black and white pixels only."""
+        return bool(self.support.check(targets).all())
+
+    # What follows from them
+
+    def has_standard_prior(self) -> bool:
+        """Is p(z) = N(0, I), from which the KL has a closed form, by latent dimension?"""
+        return type(self).log_prior is VAE.log_prior
+
+    def sampled_kl(self, z: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:
+        """log q(z|x) - log p(z), the estimate of the KL from one draw: (..., latent_size) -> (...), in nats."""
+        z, logvar, mu = _at_least_float32(z), _at_least_float32(logvar), _at_least_float32(mu)
+        log_posterior = log_standard_normal((z - mu) * torch.exp(-0.5 * logvar)) - 0.5 * logvar.sum(-1)
+        return log_posterior - self.log_prior(z)
+
+    def elbo_terms(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The negative ELBO's two terms per image (eq. 3), from one draw of z: -log p(x|z) and the KL, each (B,).
+
+        x (B, ...) is what the encoder is given, targets (B, ...) what p(x|z) is taken of. The form to train with: no
+        probability rounds to 0 or 1 on the way. By default the first term is the binary cross-entropy of the pixels.
+        The KL is in closed form (appendix B) where the prior is N(0, I), and else sampled_kl (eq. 2). Their sum is the
+        negative ELBO; bce + beta * kl weighs the KL (Higgins et al. 2017).
+        """
+        z, logvar, mu = self.encode(x)
+        bce = -self.log_likelihood(self.outputs(z), targets.flatten(1))
+        kl = kl_divergence(logvar, mu).sum(-1) if self.has_standard_prior() else self.sampled_kl(z, logvar, mu)
+        return bce, kl
+
+    def log_importance_weights(self, targets: Tensor, logvar: Tensor, mu: Tensor, eps: Tensor) -> Tensor:
+        """log p(x|z) + log p(z) - log q(z|x) at z = mu + std * eps (Burda et al. 2016, arXiv 1509.00519, eq. 8).
+
+        targets (B, ...), logvar and mu (B, latent_size), eps (K, B, latent_size) from N(0, I), of their type ->
+        (K, B), in nats.
+        """
+        z = mu + torch.exp(0.5 * logvar) * eps
+        return self.log_likelihood(self.outputs(z), targets.flatten(1)) - self.sampled_kl(z, logvar, mu)
 
 
 def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:
     """The negative ELBO (eq. 10) from pixel probabilities: binary cross-entropy + KL, summed over all, never averaged.
 
-    inputs (B, D) as the decoder returns them, targets (B, ...) in [0, 1] with D values an image, logvar and mu
+    inputs (B, D) as the decoder returns them, targets (B, ...) in [0, 1] with D values per image, logvar and mu
     (B, latent_size) -> a scalar, in nats for the whole batch. Averaging the cross-entropy over pixels would make the
     KL 784 times too heavy, and every reconstruction the same blob.
     """
@@ -163,45 +243,19 @@ def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) 
     return F.binary_cross_entropy(inputs, targets, reduction="sum") + kl_divergence(logvar, mu).sum()
 
 
-def loss_terms(logits: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-    """The two terms of loss_criterion, BCE and KL, from Decoder.logits: two scalars, in nats for the whole batch.
-
-    The form to train with: no probability rounds to 0 or 1 on the way. The loss is bce + beta * kl, and beta = 1 the
-    ELBO (Higgins et al. 2017 weigh the KL).
-    """
-    logits = _at_least_float32(logits)
-    targets = targets.reshape(logits.shape).to(logits.dtype)
-    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-    return bce, kl_divergence(logvar, mu).sum()
-
-
 def kl_divergence(logvar: Tensor, mu: Tensor) -> Tensor:
-    """KL(q(z|x) || p(z)) of each image and latent dimension, in closed form (appendix B): (B, latent_size), in nats."""
+    """KL(q(z|x) || N(0, I)) by image and latent dimension, in closed form (appendix B): (B, latent_size), in nats."""
     logvar, mu = _at_least_float32(logvar), _at_least_float32(mu)
     return -0.5 * (1 + logvar - mu**2 - logvar.exp())
 
 
-def bernoulli_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p(x|z) of each image: logits (..., D), targets (..., D) that broadcast to them -> (...), in nats."""
-    logits = _at_least_float32(logits)
-    targets = targets.to(logits.dtype).expand_as(logits)
-    return -F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
-
-
-def log_importance_weights(decoder: Decoder, targets: Tensor, logvar: Tensor, mu: Tensor, eps: Tensor) -> Tensor:
-    """log p(x|z) + log p(z) - log q(z|x) at z = mu + std * eps (Burda et al. 2016, arXiv 1509.00519, eq. 8).
-
-    targets (B, ...) with D values an image, logvar and mu (B, latent_size), eps (K, B, latent_size) from N(0, I), of
-    their type -> (K, B), in nats.
-    """
-    z = mu + torch.exp(0.5 * logvar) * eps
-    log_likelihood = bernoulli_log_likelihood(decoder.logits(z), targets.flatten(1))
-    logvar, eps, z = _at_least_float32(logvar), _at_least_float32(eps), _at_least_float32(z)
-    return log_likelihood + 0.5 * (logvar + eps**2 - z**2).sum(-1)  # log p(z) - log q(z|x): their constants cancel
+def log_standard_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I): (..., latent_size) -> (...), in nats."""
+    return -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1)
 
 
 def nll_from_log_weights(log_weights: Tensor) -> Tensor:
-    """The estimate of -log p(x) from K importance weights an image: (K, B) -> (B,), in nats.
+    """The estimate of -log p(x) from K importance weights per image: (K, B) -> (B,), in nats.
 
     In expectation an upper bound: the negative ELBO at K = 1, and tighter as K grows (Burda et al. 2016, theorem 1).
     Minimized, it is the IWAE's loss.

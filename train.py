@@ -12,14 +12,15 @@ reconstructions and samples. python evaluate.py then measures and shows what the
 import argparse
 import copy
 import csv
-import inspect
 import io
 import math
+import numbers
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 try:
     import torch
@@ -29,8 +30,9 @@ try:
 
     import evaluate
     import utils
-    from model import ACTIVATIONS, VAE, log_importance_weights, loss_terms, nll_from_log_weights
-    from utils import Dataset, UserError
+    from data import BINARIZE, DATASETS, ImageData, binarize, binarize_test_set, load_dataset
+    from model import ACTIVATIONS, VAE, nll_from_log_weights
+    from utils import UserError
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -42,98 +44,236 @@ except KeyboardInterrupt:
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LR_SCHEDULES = ("constant", "cosine", "burda2016")
-OBJECTIVES = ("elbo", "iwae")
-INITS = ("pytorch", "burda2016")
-OnEpoch = Callable[[VAE, list[dict[str, Any]]], None]
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_bce", "test_kl", "images_per_second", "seconds")  # of metrics.csv
-AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheaper at 469 steps an epoch
+AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheaper at 469 steps per epoch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The options
+
+Requirement = tuple[str, Callable[[Any], bool]]  # what a good value is, and whether one is good
+COUNT: Requirement = ("a whole number from 1 to 2^31", lambda n: 1 <= n < 2**31)
+POSITIVE: Requirement = ("a number above 0", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE: Requirement = ("a number, 0 or above", lambda x: 0 <= x < math.inf)
+KINDS = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}
+
+
+def option(default: Any, help: str, requirement: Requirement = ("a word, or True or False", lambda _: True)) -> Any:
+    return field(default=default, metadata={"help": help, "requirement": requirement, "choices": None})
+
+
+def choice(default: str, help: str, choices: tuple[str, ...]) -> Any:
+    requirement = (f"one of {', '.join(choices)}", lambda value: value in choices)
+    return field(default=default, metadata={"help": help, "requirement": requirement, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is trained with: the command's options, and train's arguments.
+
+    Raises UserError, in the command line's words, for the first that has a bad value.
+    """
+
+    dataset: str = option(
+        "auto",
+        f"{', '.join(DATASETS[1:])}, or the path of a folder of images or of an .npz file; auto is mnist, or mnist-5k "
+        "where mnist is unavailable",
+    )
+    data_dir: str = option("data", "where data sets are read and downloaded")
+    image_size: int | None = option(
+        None, "width and height that the pictures in a folder are given (default: 28)", COUNT
+    )
+    epochs: int | None = option(None, "passes over the training set (default: 20, and 150 on mnist-5k)", COUNT)
+    batch_size: int = option(128, "images per step", COUNT)
+    lr: float = option(1.5e-3, "Adam's step size", POSITIVE)
+    lr_schedule: str = choice("constant", "cosine falls to 0 at the last epoch", ("constant", "cosine", "burda2016"))
+    beta: float = option(1.0, "weight of the KL in training; the losses printed have it at 1", NOT_NEGATIVE)
+    kl_warmup: float = option(0.0, "epochs over which the weight of the KL rises from 0", NOT_NEGATIVE)
+    hidden_size: int = option(512, "width of the hidden layers", COUNT)
+    latent_size: int = option(20, "dimensions of z", COUNT)
+    encoder_layers: int = option(2, "hidden layers of the encoder", COUNT)
+    decoder_layers: int = option(1, "hidden layers of the decoder", COUNT)
+    activation: str = choice("relu", "of the hidden layers", tuple(ACTIVATIONS))
+    init: str = choice(
+        "pytorch",
+        "burda2016: Glorot-uniform weights, and the mean image as the output's bias",
+        ("pytorch", "burda2016"),
+    )
+    binarize: str = choice(
+        "dynamic", "dynamic: sampled pixels; threshold: gray input, black and white target; none: gray", BINARIZE
+    )
+    objective: str = choice(
+        "elbo", "the bound that is trained on: the ELBO, or Burda et al.'s (2016)", ("elbo", "iwae")
+    )
+    importance_samples: int = option(1, "draws of z per image for --objective iwae (1: the ELBO)", COUNT)
+    adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", NOT_NEGATIVE)
+    average: bool = option(True, "evaluate and keep a running average of the weights")
+    device: str = choice("auto", "auto is the first of cuda, mps and cpu that is there", utils.DEVICES)
+    seed: int = option(0, "of all that is random", ("a whole number from 0 to 2^40", lambda seed: 0 <= seed <= 2**40))
+    out_dir: str = option("runs", "where run folders are made")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, kind = getattr(self, option.name), kind_of(option)
+            if value is None and option.default is None:
+                continue
+            text, is_good = option.metadata["requirement"]
+            is_kind = isinstance(value, KINDS[kind]) and (kind is bool or not isinstance(value, bool))
+            if not (is_kind and is_good(value)):
+                raise UserError(f"{flag(option.name)} must be {text}, not {value}")
+            object.__setattr__(self, option.name, kind(value))  # a NumPy number becomes one of Python's
+        if self.objective == "elbo" and self.importance_samples > 1:
+            raise UserError("--importance-samples is for --objective iwae")
+        if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):
+            raise UserError("--beta and --kl-warmup are for --objective elbo: iwae has no KL to weigh")
+
+    def to_save(self) -> dict[str, Any]:
+        """The options as a checkpoint holds them: not the places, which are another machine's elsewhere."""
+        return {name: value for name, value in asdict(self).items() if name not in PLACES}
+
+    @classmethod
+    def saved_in(cls, checkpoint: dict[str, Any]) -> "Options":
+        """Those of a checkpoint, and the defaults of such as have come since. Raises KeyError where it has none."""
+        saved = {name: checkpoint["options"][name] for name in ("dataset", "epochs")} | checkpoint["options"]
+        names = {option.name for option in fields(cls)} - PLACES
+        if unknown := sorted(map(str, saved.keys() - names - PLACES)):
+            print(f"warning: no longer options, and left out: {', '.join(unknown)}", file=sys.stderr)
+        return cls(**{name: saved[name] for name in saved.keys() & names})
+
+
+PLACES = {"data_dir", "out_dir"}
+RESUMABLE = ("epochs", "dataset", "data_dir", "device")  # what --resume takes
+SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation")  # a model's arguments
+
+
+def kind_of(option: Any) -> type:
+    """The type of an option's values: int for `int | None`."""
+    return (get_args(option.type) or (option.type,))[0]
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+MakeModel = Callable[[ImageData, Options], VAE]
+OnEpoch = Callable[[VAE, list[dict[str, Any]]], None]
+Run = tuple[VAE, list[dict[str, Any]], Path]
 
 
 def train(
-    dataset: str | Dataset = "auto",
-    data_dir: str = "data",
-    epochs: int | None = None,
-    batch_size: int = 128,
-    lr: float = 1.5e-3,
-    lr_schedule: str = "constant",
-    beta: float = 1.0,
-    kl_warmup: float = 0.0,
-    hidden_size: int = 512,
-    latent_size: int = 20,
-    encoder_layers: int = 2,
-    decoder_layers: int = 1,
-    activation: str = "relu",
-    init: str = "pytorch",
-    binarize: str = "dynamic",
-    objective: str = "elbo",
-    importance_samples: int = 1,
-    adam_eps: float = 1e-8,
-    average: bool = True,
-    device: str = "auto",
-    seed: int = 0,
-    out_dir: str = "runs",
+    dataset: str | Path | ImageData = "auto",
+    model: VAE | MakeModel | None = None,
     on_epoch: OnEpoch | None = None,
-) -> tuple[VAE, list[dict[str, Any]], Path]:
-    """Trains a new model; the arguments are the command's options, and their defaults the command's.
+    **options: Any,
+) -> Run:
+    """Trains a model; `options` are those of Options, and so are their defaults.
 
-    dataset may also be a Dataset of your own: its images may have any size, and are drawn where they are square.
-    After each epoch on_epoch is called with the model and the history so far, for a notebook to show them. Returns the
-    model, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a bad value, and
-    OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
+    dataset may also be ImageData of your own, and model a VAE, or an instance of a subclass, or a function that makes
+    one of the data and the Options: by default, make_vae. After each epoch on_epoch is called with the model and the
+    history so far, for a notebook to show them. Returns the model, in eval mode, the rows of metrics.csv (losses in
+    nats per image) and the run folder. Raises UserError for a bad value, and OSError where the run folder can't be
+    written. Seeds PyTorch's generators and flushes denormals.
     """
-    options = {name: value for name, value in locals().items() if name not in ("data_dir", "out_dir", "on_epoch")}
-    check_options(options)
+    name = dataset.name if isinstance(dataset, ImageData) else str(dataset)
+    options = Options(dataset=name, **options)
+    check_machine(options)
     flush_denormals()
-    data = dataset if isinstance(dataset, Dataset) else utils.load_dataset_once(dataset, data_dir)
-    options["dataset"] = data.name
-    if epochs is None:
-        options["epochs"] = 150 if data.name == "mnist-5k" else 20
-    utils.seed_epoch(seed, 0)
-    model = VAE(data.train_images.shape[1], hidden_size, latent_size, encoder_layers, decoder_layers, activation)
-    if init == "burda2016":
-        initialize(model, data.train_images)
-    checkpoint = {"options": options, "epoch": 0, "history": [], "training_weights": model.state_dict()}
-    run = utils.on_rank_0(lambda: utils.new_run_folder(out_dir, data.name, latent_size))
-    return _fit(model, checkpoint, data, run, on_epoch)
+    if not isinstance(dataset, ImageData):
+        dataset = load_dataset(name, options.data_dir, options.image_size)
+        name = dataset.name if name in DATASETS else str(Path(name).resolve())
+    epochs = options.epochs or (150 if dataset.name == "mnist-5k" else 20)
+    model = build(model or make_vae, dataset, options)
+    options = replace(options, dataset=name, epochs=epochs, **sizes_of(model))
+    checkpoint = {"epoch": 0, "history": [], "training_weights": model.state_dict()}
+    run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
+    return _fit(model, checkpoint, options, dataset, run, on_epoch)
 
 
 def resume(
     run: str | Path,
-    epochs: int | None = None,
-    data_dir: str = "data",
-    device: str | None = None,
-    dataset: Dataset | None = None,
-) -> tuple[VAE, list[dict[str, Any]], Path]:
+    model: VAE | MakeModel | None = None,
+    dataset: str | Path | ImageData | None = None,
+    on_epoch: OnEpoch | None = None,
+    **changes: Any,
+) -> Run:
     """Goes on with a run, in its folder, from its last whole epoch to `epochs` or to what it was started for.
 
-    A run on a Dataset of your own needs that again.
+    A run of a model or on data of your own needs these again. `changes` are the options epochs, data_dir and device.
     On one CPU the weights end bit-identical to those of a run that was never interrupted and, the learning rate being
     constant, to those of a run started with the larger `epochs`: the cosine schedule is stretched to the new length.
-    Returns and raises as train does.
+    A run that has reached them gets its table and pictures written again. Returns and raises as train does.
     """
-    flush_denormals()
     path = utils.on_rank_0(lambda: utils.checkpoint_path(run))
     if path.name != "checkpoint.pt":
         raise UserError(f"--resume goes on in a run folder, whose checkpoint.pt it replaces: {path} is not one")
-    model, checkpoint = utils.on_rank_0(lambda: utils.load_checkpoint(path))
-    changes = {"epochs": epochs, "device": device}
+    if fixed := sorted(changes.keys() - {*RESUMABLE}):
+        names = ", ".join(map(flag, fixed))
+        raise UserError(f"a resumed run keeps its own {names}: --resume takes {', '.join(map(flag, RESUMABLE))}")
+    checkpoint = utils.on_rank_0(lambda: utils.read_checkpoint(path))
+    damaged = f"{path} cannot be resumed, only evaluated: its training state is damaged or missing"
     try:
-        options = checkpoint["options"] | {name: value for name, value in changes.items() if value is not None}
-        check_options(options)
+        options = Options.saved_in(checkpoint)
+    except KeyError as error:
+        raise UserError(damaged) from error
+    options = replace(options, **{name: value for name, value in changes.items() if value is not None})
+    check_machine(options)
+    flush_denormals()
+    if options.epochs < checkpoint.get("epoch", 0):
+        raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
+    if not isinstance(dataset, ImageData):
+        dataset = load_dataset(str(dataset or options.dataset), options.data_dir, options.image_size)
+    if model:
+        model = build(model, dataset, options)
+    model = utils.load_weights(model, checkpoint, path)
+    check_images(model, dataset)
+    try:
         check_training_state(checkpoint, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = "its training state is damaged or missing"
-        raise UserError(f"{path} cannot be resumed, only evaluated: {reason}") from error
-    if options["epochs"] <= checkpoint["epoch"]:
-        raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
-    data = dataset or utils.load_dataset_once(options["dataset"], data_dir)
-    if data.train_images.shape[1] != model.config["input_size"]:
-        raise UserError(f"{path} is a model of other images than those of {data.name}")
+        raise UserError(damaged) from error
     for kind in ("pt", "csv"):
         for left in path.parent.glob(f".*.{kind}.*.part"):  # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
-    return _fit(model, checkpoint | {"options": options}, data, path.parent)
+    return _fit(model, checkpoint, options, dataset, path.parent, on_epoch)
+
+
+def build(model: VAE | MakeModel, dataset: ImageData, options: Options) -> VAE:
+    """The model, or what makes one, -> the model. Raises UserError where it does not fit the data or the options."""
+    if not isinstance(model, VAE):
+        utils.seed_epoch(options.seed, 0)
+        model = model(dataset, options)
+    check_images(model, dataset)
+    for name, size in sizes_of(model).items():
+        if getattr(options, name) not in (size, getattr(Options, name)):
+            raise UserError(f"{flag(name)} is {getattr(options, name)}, but the {name} of the model given is {size}")
+    return model
+
+
+def make_vae(dataset: ImageData, options: Options, kind: type[VAE] = VAE) -> VAE:
+    """A VAE, or a subclass with its arguments, of the options' sizes and with their initial weights."""
+    model = kind(dataset.input_size, **{name: getattr(options, name) for name in SIZES})
+    if options.init == "burda2016":
+        initialize(model, dataset.train_images.flatten(1))
+    return model
+
+
+def sizes_of(model: VAE) -> dict[str, Any]:
+    return {name: model.config[name] for name in SIZES if name in model.config}
+
+
+def check_images(model: VAE, dataset: ImageData) -> None:
+    if model.config["input_size"] != dataset.input_size:
+        sizes = f"{model.config['input_size']} values each, not the {dataset.input_size} of {dataset.name}"
+        raise UserError(f"the model is one of other images: {sizes}")
+
+
+def check_machine(options: Options) -> None:
+    """Raises UserError where this machine, or the number of its processes, does not do for the options."""
+    utils.choose_device(options.device)
+    _, ranks = utils.rank_and_ranks()
+    if options.batch_size < ranks:
+        raise UserError(f"--batch-size must be {ranks} or more, for as many processes, not {options.batch_size}")
 
 
 def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
@@ -145,51 +285,16 @@ def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
         raise ValueError("its history holds what is no number")
     utils.check_tensors(checkpoint["training_weights"], model.state_dict())
     adam = checkpoint["optimizer_state_dict"]
-    if history:
-        for i, weight in enumerate(model.parameters()):
+    for i, weight in enumerate(model.parameters()):
+        if history and weight.requires_grad:
             like = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
             utils.check_tensors(adam["state"][i], like)
     torch.optim.Adam(model.parameters()).load_state_dict(adam)
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Raises UserError, in the command line's words, for the first option with a bad value."""
-
-    def check(name: str, requirement: str, is_good: bool) -> None:
-        if not is_good:
-            raise UserError(f"--{name.replace('_', '-')} must be {requirement}, not {options[name]}")
-
-    counts = ("epochs", "batch_size", "hidden_size", "latent_size", "encoder_layers", "decoder_layers")
-    for name in (*counts, "importance_samples"):
-        is_default = name == "epochs" and options[name] is None
-        check(name, "a whole number above 0", is_default or (type(options[name]) is int and 0 < options[name] < 2**31))
-    for name in ("lr", "beta", "kl_warmup", "adam_eps"):
-        check(name, "a number, 0 or above", type(options[name]) in (int, float) and 0 <= options[name] < math.inf)
-    check("lr", "above 0", options["lr"] > 0)
-    check("seed", "a whole number from 0 to 2^40", type(options["seed"]) is int and 0 <= options["seed"] <= 2**40)
-    choices = {
-        "lr_schedule": LR_SCHEDULES,
-        "activation": ACTIVATIONS,
-        "init": INITS,
-        "binarize": utils.BINARIZE,
-        "objective": OBJECTIVES,
-        "device": utils.DEVICES,
-    }
-    for name, values in choices.items():
-        check(name, f"one of {', '.join(values)}", options[name] in values)
-    check("average", "True or False", type(options["average"]) is bool)
-    if options["objective"] == "elbo" and options["importance_samples"] > 1:
-        raise UserError("--importance-samples is for --objective iwae")
-    if options["objective"] == "iwae" and (options["beta"] != 1 or options["kl_warmup"] > 0):
-        raise UserError("--beta and --kl-warmup are for --objective elbo: iwae has no KL to weigh")
-    utils.choose_device(options["device"])
-    _, ranks = utils.rank_and_ranks()
-    check("batch_size", f"{ranks} or more, for as many processes", options["batch_size"] >= ranks)
-
-
 @torch.no_grad()
 def initialize(model: VAE, images: Tensor) -> None:
-    """Glorot-uniform weights, and for bias the log-odds of the mean of the images (N, 784) (Burda et al. 2016)."""
+    """Glorot-uniform weights, and for bias the log-odds of the mean of the images (N, D) (Burda et al. 2016)."""
     for name, weight in model.named_parameters():
         if name.endswith("weight"):
             torch.nn.init.xavier_uniform_(weight)
@@ -213,20 +318,25 @@ def flush_denormals() -> None:
 
 
 def _fit(
-    average: VAE, checkpoint: dict[str, Any], data: Dataset, run: Path, on_epoch: OnEpoch | None = None
-) -> tuple[VAE, list[dict[str, Any]], Path]:
-    """Trains from a checkpoint's state to its options' number of epochs, and saves all after each epoch."""
-    options, history, first = checkpoint["options"], checkpoint["history"], checkpoint["epoch"] + 1
-
+    average: VAE,
+    checkpoint: dict[str, Any],
+    options: Options,
+    dataset: ImageData,
+    run: Path,
+    on_epoch: OnEpoch | None = None,
+) -> Run:
+    """Trains from a checkpoint's state to the options' number of epochs, and saves all after each epoch."""
+    history, first = checkpoint["history"], checkpoint["epoch"] + 1
     rank, ranks = utils.rank_and_ranks()
 
     # Set up: the weights that Adam changes, and their running average, which is what is evaluated and kept
-    device = utils.choose_device(options["device"])
-    data = data.to(device)
-    average = average.to(device)
-    model = copy.deepcopy(average) if options["average"] else average
+    device = utils.choose_device(options.device)
+    train_images = dataset.train_images.flatten(1).to(device)
+    test_set = binarize_test_set(dataset.test_images.to(device), options.binarize)
+    average = average.to(device).eval()
+    model = copy.deepcopy(average) if options.average else average
     model.load_state_dict(checkpoint["training_weights"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], eps=options["adam_eps"], fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, eps=options.adam_eps, fused=True)
     if "optimizer_state_dict" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     elif rank == 0:
@@ -236,62 +346,68 @@ def _fit(
             run.rmdir()
             raise
     optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
-    test_set = utils.binarize_test_set(data.test_images, options["binarize"])
-    step = make_step(model, optimizer, data.train_images, options)
+    step = make_step(model, optimizer, train_images, options)
+    is_likelihood = average.is_likelihood(test_set[1])
     num_weights = sum(weight.numel() for weight in model.parameters())
-    num_images = len(data.train_images)
+    num_images = len(train_images)
     if rank == 0:
         where = f"{device}, {ranks} processes" if ranks > 1 else device
-        print(f"{data.name}: {num_images:,} training images; {num_weights:,} weights on {where}; writing to {run}")
+        print(f"{dataset.name}: {num_images:,} training images; {num_weights:,} weights on {where}; writing to {run}")
+        if first > options.epochs:
+            print(f"trained for {options.epochs} epochs, of which all is written again: a larger --epochs goes on")
+            save(run, average, model, optimizer, options, history)
+            draw(run, average, dataset, test_set[0], options, history)
 
     # Train
-    total, done = options["epochs"] * num_images, (first - 1) * num_images
+    total, done = options.epochs * num_images, (first - 1) * num_images
     try:
         bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
         with utils.fast_matmul(), bar as progress:
-            for epoch in range(first, options["epochs"] + 1):
+            for epoch in range(first, options.epochs + 1):
                 started = time.perf_counter()
-                neg_elbos = train_epoch(step, model, average, data.train_images, epoch, options, progress).cpu()
+                neg_elbos = train_epoch(step, model, average, train_images, epoch, options, progress).cpu()
                 seconds = time.perf_counter() - started
+                average.eval()
                 losses = (neg_elbos.double().sum().item() / num_images, *compute_test_losses(average, *test_set))
                 check_finite(neg_elbos, losses, epoch, run)
                 history.append(dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True)))
                 if rank > 0:
                     continue
                 save(run, average, model, optimizer, options, history)
-                tqdm.write(epoch_line(history[-1], options))
-                if epoch == options["epochs"] or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
-                    draw(run, average, data, options, history)
+                tqdm.write(epoch_line(history[-1], options, average, is_likelihood))
+                if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
+                    draw(run, average, dataset, test_set[0], options, history)
                 if on_epoch:
                     on_epoch(average, history)
     except KeyboardInterrupt as error:
         what = str(error) or "interrupted"
-        raise type(error)(f"{what}: python train.py --resume {run} goes on") from None
+        command = "train.py" if type(average) is VAE else sys.argv[0]
+        raise type(error)(f"{what}: python {command} --resume {run} goes on") from None
     return average, history, run
 
 
 class Objective(nn.Module):
     """What Adam minimizes, as a module, since that is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: VAE, options: dict[str, Any]):
+    def __init__(self, model: VAE, options: Options):
         super().__init__()
         self.model, self.options = model, options
 
     def forward(self, inputs: Tensor, targets: Tensor, kl_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 784) twice -> the loss, and the negative ELBO, both in nats for the whole batch."""
-        z, logvar, mu = self.model.encode(inputs)
-        if self.options["objective"] == "iwae":
-            eps = torch.randn(self.options["importance_samples"], *mu.shape, device=mu.device)
-            log_weights = log_importance_weights(self.model.decoder, targets, logvar, mu, eps)
+        """(B, D) twice -> the loss, and the negative ELBO, both in nats for the whole batch."""
+        if self.options.objective == "iwae":
+            _, logvar, mu = self.model.encode(inputs)
+            eps = torch.randn(self.options.importance_samples, *mu.shape, device=mu.device)
+            log_weights = self.model.log_importance_weights(targets, logvar, mu, eps)
             return nll_from_log_weights(log_weights).sum(), -log_weights.mean(0).sum()
-        bce, kl = loss_terms(self.model.decoder.logits(z), targets, logvar, mu)
+        bce, kl = (term.sum() for term in self.model.elbo_terms(inputs, targets))
         return bce + kl_weight * kl, bce + kl
 
 
 def make_step(
-    model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: dict[str, Any]
+    model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: Options
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """-> step(batch, rates), which takes one step of Adam on the images (N, 784) uint8 at the indices batch (B,).
+    """-> step(batch, rates), which takes one step of Adam on the images (N, D) uint8 at the indices batch (B,).
 
     rates (2,) holds the learning rate and the weight of the KL. The step returns the negative ELBO that it found, in
     nats for the whole batch. Nothing in it makes the CPU wait for a GPU. With several processes, batch is the share
@@ -305,7 +421,7 @@ def make_step(
 
     def step(batch: Tensor, rates: Tensor) -> Tensor:
         lr, kl_weight = rates.unbind()
-        inputs, targets = utils.binarize(images.index_select(0, batch), options["binarize"])
+        inputs, targets = binarize(images.index_select(0, batch), options.binarize)
         loss, neg_elbo = objective(inputs, targets, kl_weight)
         optimizer.zero_grad()
         loss.backward(scale.to(loss.dtype))
@@ -322,31 +438,35 @@ def train_epoch(
     average: VAE,
     images: Tensor,
     epoch: int,
-    options: dict[str, Any],
+    options: Options,
     progress: tqdm,
 ) -> Tensor:
-    """One pass over the images (N, 784) in a new order -> each step's negative ELBO, in nats: (steps,)."""
+    """One pass over the images (N, D) in a new order -> each step's negative ELBO, in nats: (steps,)."""
     rank, ranks = utils.rank_and_ranks()
-    utils.seed_epoch(options["seed"], epoch)
-    batches = torch.randperm(len(images), device=images.device).split(options["batch_size"])  # the same on every rank
+    utils.seed_epoch(options.seed, epoch)
+    batches = torch.randperm(len(images), device=images.device).split(options.batch_size)  # the same on every rank
     if rank > 0:
-        utils.seed_epoch(options["seed"], epoch, rank)  # other noise
+        utils.seed_epoch(options.seed, epoch, rank)  # other noise
     starts = [epoch - 1 + i / len(batches) for i in range(len(batches))]  # in epochs
     rates = [(learning_rate(start, options), kl_weight(start, options)) for start in starts]
     rates = torch.tensor(rates, device=images.device)
     neg_elbos = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
+    model.train()
     for i, batch in enumerate(batches):
         neg_elbos[i] = step(batch[rank::ranks], rates[i])
-        if options["average"] and i % stride == 0:
+        if options.average and i % stride == 0:
             update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
         progress.update(len(batch))
+    if idle := [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]:
+        raise UserError(f"no gradient reaches {', '.join(idle)}: leave it out of the model, or freeze it")
     return utils.sum_over_ranks(neg_elbos)
 
 
 def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
     """The negative ELBO on the test set and its terms, BCE and KL, in nats per image."""
     rank, ranks = utils.rank_and_ranks()
+    utils.copy_from_rank_0(model)
     bce, kl = evaluate.elbo_terms(model, inputs[rank::ranks], targets[rank::ranks])
     sums = utils.sum_over_ranks(torch.stack([bce.sum(), kl.sum()]))
     bce, kl = (sums / len(inputs)).tolist()
@@ -362,19 +482,19 @@ def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: 
         raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}. {run} holds epoch {epoch - 1}")
 
 
-def learning_rate(done: float, options: dict[str, Any]) -> float:
+def learning_rate(done: float, options: Options) -> float:
     """Adam's step size after `done` epochs."""
-    if options["lr_schedule"] == "cosine":
-        return options["lr"] * 0.5 * (1 + math.cos(math.pi * done / options["epochs"]))
-    if options["lr_schedule"] == "burda2016":  # a factor of 10^(-1/7) after 1, 1 + 3, 1 + 3 + 9, ... epochs
+    if options.lr_schedule == "cosine":
+        return options.lr * 0.5 * (1 + math.cos(math.pi * done / options.epochs))
+    if options.lr_schedule == "burda2016":  # a factor of 10^(-1/7) after 1, 1 + 3, 1 + 3 + 9, ... epochs
         i = next(i for i in range(99) if done < (3 ** (i + 1) - 1) / 2)
-        return options["lr"] * 10 ** (-i / 7)
-    return options["lr"]
+        return options.lr * 10 ** (-i / 7)
+    return options.lr
 
 
-def kl_weight(done: float, options: dict[str, Any]) -> float:
+def kl_weight(done: float, options: Options) -> float:
     """The KL's weight after `done` epochs: beta, reached linearly over the first kl_warmup epochs."""
-    return options["beta"] * min(1.0, done / options["kl_warmup"]) if options["kl_warmup"] else options["beta"]
+    return options.beta * min(1.0, done / options.kl_warmup) if options.kl_warmup else options.beta
 
 
 @torch.no_grad()
@@ -382,25 +502,32 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
     """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824), after `count` updates.
 
     Does what a falling learning rate does, without having to know when training ends: the average leans on the last
-    tenth or so of all steps, however many there were.
+    tenth or so of all steps, however many there were. Buffers of floats, such as the statistics of a normalization,
+    are averaged like the weights, and others are copied.
     """
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(weight, (eta + 1) / (count + 1 + eta))
+    for mean, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        if buffer.is_floating_point():
+            mean.lerp_(buffer, (eta + 1) / (count + 1 + eta))
+        else:
+            mean.copy_(buffer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves
 
 
-def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: dict[str, Any], history: list) -> None:
+def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: Options, history: list) -> None:
     """Writes checkpoint.pt, from which everything else in the run folder can be made again, and metrics.csv."""
-    optimizer.param_groups[0]["lr"] = options["lr"]  # the plain number: the next step sets what its schedule says
+    optimizer.param_groups[0]["lr"] = options.lr  # the plain number: the next step sets what its schedule says
     checkpoint = {
         "model_state_dict": average.state_dict(),
         "optimizer_state_dict": optimizer.state_dict(),
         "model": average.config,
+        "class": utils.class_name(average),
         "training_weights": model.state_dict(),
-        "options": options,
+        "options": options.to_save(),
         "epoch": len(history),
         "history": history,
     }
@@ -413,28 +540,28 @@ def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: dict[str,
         utils.write_atomically(run / "metrics.csv", text.getvalue().encode())
 
 
-def epoch_line(row: dict[str, float], options: dict[str, Any]) -> str:
-    label = "  (gray targets: no likelihood)" if options["binarize"] == "none" else ""
+def epoch_line(row: dict[str, float], options: Options, model: VAE, is_likelihood: bool) -> str:
+    label = "" if is_likelihood else "  (gray targets: no likelihood)"
     return (
-        f"epoch {row['epoch']:{len(str(options['epochs']))}d}/{options['epochs']}  train {row['train_loss']:7.2f}  "
-        f"test {row['test_loss']:7.2f} = BCE {row['test_bce']:6.2f} + KL {row['test_kl']:5.2f}  "
-        f"{row['images_per_second']:9,.0f} images/s{label}"
+        f"epoch {row['epoch']:{len(str(options.epochs))}d}/{options.epochs}  train {row['train_loss']:7.2f}  "
+        f"test {row['test_loss']:7.2f} = {evaluate.bce_label(model)} {row['test_bce']:6.2f} + "
+        f"KL {row['test_kl']:5.2f}  {row['images_per_second']:9,.0f} images/s{label}"
     )
 
 
-def draw(run: Path, model: VAE, data: Dataset, options: dict[str, Any], history: list) -> None:
-    """Writes the pictures that show how far the run has come."""
-    caption = evaluate.describe(data.name, options["binarize"], model, len(history))
-    evaluate.save_figure(draw_curves(history, caption), run / "curves.png")
-    if math.isqrt(data.train_images.shape[1]) ** 2 != data.train_images.shape[1]:
-        return  # no square images to show
-    evaluate.save_figure(
-        evaluate.draw_reconstructions(model, data, options["binarize"], caption), run / "reconstructions.png"
-    )
-    evaluate.save_figure(evaluate.draw_prior_samples(model, caption), run / "prior_samples.png")
+def draw(run: Path, model: VAE, dataset: ImageData, inputs: Tensor, options: Options, history: list) -> None:
+    """Writes the pictures that show how far the run has come, of test images whose binarization is `inputs`."""
+    caption = evaluate.describe(dataset.name, options.binarize, model, len(history))
+    figures = {
+        "curves.png": draw_curves(history, caption, evaluate.bce_label(model)),
+        "reconstructions.png": evaluate.draw_reconstructions(model, dataset, inputs, caption),
+        "prior_samples.png": evaluate.draw_prior_samples(model, caption, dataset.shape),
+    }
+    for name, figure in figures.items():
+        evaluate.save_figure(figure, run / name)
 
 
-def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
+def draw_curves(history: list[dict[str, Any]], caption: str, bce: str = "BCE") -> "Figure":
     """Training and test loss over the epochs, and the test loss's two terms."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
@@ -443,7 +570,7 @@ def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
     figure.suptitle(f"Training curves: {caption}", fontsize=10)
     panels = {
         "loss": {"train_loss": "training set, as it was learned", "test_loss": "test set, after the epoch"},
-        "BCE": {"test_bce": "test set"},
+        bce: {"test_bce": "test set"},
         "KL": {"test_kl": "test set"},
     }
     epochs = [row["epoch"] for row in history]
@@ -466,60 +593,50 @@ def draw_curves(history: list[dict[str, Any]], caption: str) -> "Figure":
 # The command
 
 
+def make_parser(description: str, defaults: dict[str, Any], left_out: tuple[str, ...] = ()) -> utils.ArgumentParser:
+    """The command line of Options, and --resume. What is not given is absent from what it parses."""
+    parser = utils.ArgumentParser(
+        description=description, argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@"
+    )
+    for option in (option for option in fields(Options) if option.name not in left_out):
+        default, help, kind = defaults.get(option.name, option.default), option.metadata["help"], kind_of(option)
+        details = {"help": help if default is None else f"{help} (default: {default})"}
+        if kind is bool:
+            details["action"] = argparse.BooleanOptionalAction
+        elif option.metadata["choices"]:
+            details["choices"] = option.metadata["choices"]
+        else:
+            details |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, option.name.split("_")[-1].upper())}
+        parser.add_argument(flag(option.name), **details)
+    if "resume" not in left_out:
+        takes = f"go on with this run folder: takes {', '.join(map(flag, RESUMABLE))}"
+        parser.add_argument("--resume", metavar="RUN", help=takes)
+    return parser
+
+
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     """The options that were given, by default on the command line; what was not is absent."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    parser = utils.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@")
-
-    def option(name: str, help: str, **kwargs: Any) -> None:
-        if (default := defaults[name]) is not None:
-            help += f" (default: {default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", help=help, **kwargs)
-
-    option("dataset", "auto is mnist, or mnist-5k where mnist can't be had", choices=utils.DATASETS)
-    option("data_dir", "where data sets are read and downloaded", metavar="DIR")
-    option("epochs", "passes over the training set (default: 20, and 150 on mnist-5k)", type=int, metavar="N")
-    option("batch_size", "images a step", type=int, metavar="N")
-    option("lr", "Adam's step size", type=float, metavar="X")
-    option("lr_schedule", "cosine falls to 0 at the last epoch", choices=LR_SCHEDULES)
-    option("beta", "weight of the KL in training; the losses printed have it at 1", type=float, metavar="X")
-    option("kl_warmup", "epochs over which the weight of the KL rises from 0", type=float, metavar="X")
-    option("hidden_size", "width of the hidden layers", type=int, metavar="N")
-    option("latent_size", "dimensions of z", type=int, metavar="N")
-    option("encoder_layers", "hidden layers of the encoder", type=int, metavar="N")
-    option("decoder_layers", "hidden layers of the decoder", type=int, metavar="N")
-    option("activation", "of the hidden layers", choices=ACTIVATIONS)
-    option("init", "burda2016: Glorot-uniform weights, and the mean image as the output's bias", choices=INITS)
-    option(
-        "binarize",
-        "dynamic: sampled pixels; threshold: gray input, black and white target; none: gray",
-        choices=utils.BINARIZE,
-    )
-    option("objective", "the bound that is trained on: the ELBO, or Burda et al.'s (2016)", choices=OBJECTIVES)
-    option("importance_samples", "draws of z an image for --objective iwae (1: the ELBO)", type=int, metavar="K")
-    option("adam_eps", "Adam's epsilon, to be compared with gradients summed over the batch", type=float, metavar="X")
-    option("average", "evaluate and keep a running average of the weights", action=argparse.BooleanOptionalAction)
-    option("device", "auto is the first of cuda, mps and cpu that is there", choices=utils.DEVICES)
-    option("seed", "of all that is random", type=int, metavar="N")
-    option("out_dir", "where run folders are made", metavar="DIR")
-    parser.add_argument(
-        "--resume", metavar="RUN", help="go on with this run folder: takes --epochs, --data-dir and --device"
-    )
-    return parser.parse_args(args)
+    return make_parser(__doc__, {}).parse_args(args)
 
 
 @utils.command
-def main() -> None:
-    given = vars(parse_args())
+def main(make_model: MakeModel | None = None, description: str | None = __doc__, **defaults: Any) -> None:
+    """The command `python train.py`; given what makes another model, that of an experiment, which is evaluated too."""
+    parser = make_parser(description, defaults)
+    if make_model:
+        evaluate.add_nll_samples(parser)
+    given = vars(parser.parse_args())
+    nll_samples = given.pop("nll_samples", None)
     with utils.process_group():
-        if "resume" not in given:
-            _, _, run = train(**given)
+        if "resume" in given:
+            model, _, run = resume(given.pop("resume"), make_model, **given)
         else:
-            if fixed := given.keys() - {"resume", "epochs", "data_dir", "device"}:
-                names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(fixed))
-                raise UserError(f"a resumed run keeps its own {names}: --resume takes --epochs, --data-dir, --device")
-            _, _, run = resume(given.pop("resume"), **given)
-        if utils.rank_and_ranks()[0] == 0:
+            model, _, run = train(model=make_model, **(defaults | given))
+        if utils.rank_and_ranks()[0] > 0:
+            return
+        if make_model:
+            evaluate.evaluate_run(run, model, data_dir=given.get("data_dir", "data"), nll_samples=nll_samples)
+        else:
             print(f"done: now try python evaluate.py {run}")
 
 

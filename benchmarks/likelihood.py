@@ -7,6 +7,7 @@ Other options than those below go to train.py.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 import train
 import utils
+from data import load_dataset
 from model import VAE
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -32,29 +34,27 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for recipe in args.recipes:
-        options = vars(train.parse_args([f"@{RECIPES / recipe}.txt", "--dataset=mnist", *others]))
+        given = vars(train.parse_args([f"@{RECIPES / recipe}.txt", "--dataset=mnist", *others]))
+        options = train.Options(**given)
         rows += train_recipe(recipe, options, args.after, args.nll_samples)
         print(*rows, sep="\n")
 
 
-def train_recipe(recipe: str, options: dict[str, Any], after: list[int], nll_samples: int) -> list[str]:
+def train_recipe(recipe: str, options: train.Options, after: list[int], nll_samples: int) -> list[str]:
     """Trains with a recipe's options -> a row for the last epoch, and for each of those in `after` before it."""
     rows = []
-    data = utils.load_dataset(options["dataset"], options.get("data_dir", "data"))
-    binarize = options.get("binarize", "dynamic")
-    is_likelihood = binarize != "none"  # gray targets have none
+    dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
 
     def add_row(model: VAE, history: list[dict[str, Any]]) -> None:
-        if len(history) not in (*after, options["epochs"]):
+        if len(history) not in (*after, options.epochs):
             return
-        images = data.test_images.to(next(model.parameters()).device)
-        metrics = evaluate.evaluate(model, images, binarize, nll_samples if is_likelihood else 1)
+        metrics = evaluate.evaluate(model, dataset.test_images, options.binarize, nll_samples)
         minutes = sum(row["seconds"] for row in history) / 60  # of training: without tests, checkpoints and pictures
-        nll = f"{metrics['nll']:.2f} ({nll_samples:,} samples)" if is_likelihood else ""
+        nll = "" if metrics["nll"] is None else f"{metrics['nll']:.2f} ({nll_samples:,} samples)"
         figures = (f"{minutes:.1f} min", f"{metrics['neg_elbo']:.2f}", nll, str(metrics["active_units"]))
         rows.append(f"| {' | '.join((recipe, str(len(history)), *figures))} |")
 
-    train.train(**options | {"dataset": data}, on_epoch=add_row)
+    train.train(**asdict(options) | {"dataset": dataset}, on_epoch=add_row)
     return rows
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from tqdm import tqdm
 import evaluate
 import train
 import utils
+from data import DATASETS, ImageData, load_dataset
 from model import VAE, loss_criterion
-from utils import Dataset
 
 Measurement = Callable[[], float]  # -> the seconds of one pass over the images
 
@@ -39,13 +40,13 @@ Measurement = Callable[[], float]  # -> the seconds of one pass over the images
 # The three loops
 
 
-def conventional(data: Dataset, args: Any) -> Measurement:
+def conventional(data: ImageData, args: Any) -> Measurement:
     """The loop as tutorials have it: a DataLoader of PIL images, Adam unfused, the loss read at every step."""
     from torchvision import datasets, transforms
 
     class Images(datasets.MNIST):
         def __init__(self) -> None:  # reads no file: the rest is torchvision's
-            self.data, self.targets = data.train_images.view(-1, 28, 28), data.train_labels
+            self.data, self.targets = data.train_images, data.train_labels
             self.transform, self.target_transform = transforms.ToTensor(), None
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=args.batch_size, shuffle=True)
@@ -67,7 +68,7 @@ def conventional(data: Dataset, args: Any) -> Measurement:
     return measure
 
 
-def conventional_apart(data: Dataset, args: Any) -> Measurement:
+def conventional_apart(data: ImageData, args: Any) -> Measurement:
     """conventional in a process of its own: as by default, it computes with numbers below 1e-38, which ours flushes."""
     context = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -81,7 +82,7 @@ def conventional_apart(data: Dataset, args: Any) -> Measurement:
     return measure
 
 
-def _serve_conventional(pipe: Connection, data: Dataset, args: Any) -> None:
+def _serve_conventional(pipe: Connection, data: ImageData, args: Any) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     measure = conventional(data, args)
@@ -90,7 +91,7 @@ def _serve_conventional(pipe: Connection, data: Dataset, args: Any) -> None:
             pipe.send(measure())
 
 
-def ours(data: Dataset, args: Any) -> Measurement:
+def ours(data: ImageData, args: Any) -> Measurement:
     """train.train itself, in its second epoch."""
     names = ("batch_size", "hidden_size", "latent_size", "device")
     options = {name: getattr(args, name) for name in names}
@@ -98,17 +99,16 @@ def ours(data: Dataset, args: Any) -> Measurement:
     def measure() -> float:
         with contextlib.ExitStack() as stack:
             options["out_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
-            stack.enter_context(patch.object(utils, "load_dataset", lambda *_: data))
             stack.enter_context(patch.object(train, "draw", lambda *_: None))
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            _, history, _ = train.train(epochs=2, **options)
+            _, history, _ = train.train(data, epochs=2, **options)
         return history[-1]["seconds"]
 
     return measure
 
 
-def matrix_products(data: Dataset, args: Any, dtype: torch.dtype, precision: str) -> Measurement:
+def matrix_products(data: ImageData, args: Any, dtype: torch.dtype, precision: str) -> Measurement:
     """The pass's matrix products alone: each layer's outputs and two gradients, save the first's for images."""
     device = torch.device(args.device)
     model = VAE(784, args.hidden_size, args.latent_size)
@@ -155,7 +155,7 @@ def take_turns(loops: dict[str, Measurement], repeats: int) -> dict[str, list[fl
     return seconds
 
 
-def compare(data: Dataset, args: Any) -> dict[str, Any]:
+def compare(data: ImageData, args: Any) -> dict[str, Any]:
     loops = {"conventional": conventional_apart(data, args), "train.py": ours(data, args)}
     floors = {
         "matrix products, float32": (torch.float32, "highest"),
@@ -210,7 +210,7 @@ def unfused(*args: Any, adam: type = torch.optim.Adam, **kwargs: Any) -> torch.o
 TRICKS = {
     "matrix products with rounded factors": lambda: patch.object(utils, "fast_matmul", contextlib.nullcontext),
     "fused Adam": lambda: patch.object(torch.optim, "Adam", unfused),
-    "16 random bits a pixel, not 32": lambda: patch.object(utils, "binarize", binarize_with_floats),
+    "16 random bits a pixel, not 32": lambda: patch.object(train, "binarize", binarize_with_floats),
     "weights averaged 50 times an epoch": lambda: patch.object(train, "AVERAGES_PER_EPOCH", 10**9),
     "a CUDA graph": lambda: patch.object(utils, "CudaGraph", lambda function: function),
 }
@@ -224,7 +224,7 @@ def without(*tricks: str) -> Iterator[None]:
         yield
 
 
-def tricks(data: Dataset, args: Any) -> dict[str, Any]:
+def tricks(data: ImageData, args: Any) -> dict[str, Any]:
     def measure_without(*tricks: str) -> Measurement:
         def measure() -> float:
             with without(*tricks):
@@ -244,14 +244,14 @@ def tricks(data: Dataset, args: Any) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def results(data: Dataset, args: Any) -> dict[str, Any]:
+def results(data: ImageData, args: Any) -> dict[str, Any]:
     """The losses of whole runs: what the tricks cost in quality, beside what another seed makes of it."""
     rows = {"with all tricks": [], "with none": []}
     for seed in range(3):
         for name, row in rows.items():
             with tempfile.TemporaryDirectory() as out_dir, without(*(TRICKS if name == "with none" else ())):
-                model, _, _ = train.train(data.name, args.data_dir, seed=seed, device=args.device, out_dir=out_dir)
-            row.append(evaluate.evaluate(model, data.test_images.to(args.device), nll_samples=1)["neg_elbo"])
+                model, _, _ = train.train(data, seed=seed, device=args.device, out_dir=out_dir)
+            row.append(evaluate.evaluate(model, data.test_images, nll_samples=1)["neg_elbo"])
     print("| seed | with all tricks | with none |\n| --- | --- | --- |")
     for seed, losses in enumerate(zip(*rows.values(), strict=True)):
         print(f"| {seed} | {' | '.join(f'{loss:.2f}' for loss in losses)} |")
@@ -263,7 +263,7 @@ def results(data: Dataset, args: Any) -> dict[str, Any]:
 # How cost grows
 
 
-def scaling(data: Dataset, args: Any) -> dict[str, Any]:
+def scaling(data: ImageData, args: Any) -> dict[str, Any]:
     sizes = {
         "batch_size": (16, 32, 64, 128, 256, 512, 1024),
         "hidden_size": (64, 128, 256, 512, 1024, 2048),
@@ -305,8 +305,8 @@ def draw_scaling(sizes: dict[str, Any], seconds: dict[str, dict[str, list[float]
     return figure
 
 
-def first_images(data: Dataset, n: int) -> Dataset:
-    return data._replace(train_images=data.train_images[:n], train_labels=data.train_labels[:n])
+def first_images(data: ImageData, n: int) -> ImageData:
+    return replace(data, train_images=data.train_images[:n], train_labels=data.train_labels[:n])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=utils.count, metavar="N", help="of the CPU (default: PyTorch's choice)")
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
-    parser.add_argument("--dataset", choices=utils.DATASETS, default="auto", help="(default: %(default)s)")
+    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="(default: %(default)s)")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where to write all that was measured")
     parser.add_argument("--picture", metavar="FILE", help="where compare and scaling draw a picture")
@@ -342,7 +342,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = utils.choose_device(args.device).type
-    data = utils.load_dataset(args.dataset, args.data_dir)
+    data = load_dataset(args.dataset, args.data_dir)
     if args.images and args.benchmark != "results":
         data = first_images(data, args.images)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -1,11 +1,12 @@
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import utils
+from data import ImageData, load_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -14,8 +15,14 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def digits() -> utils.Dataset:
-    return utils.load_dataset("mnist-5k")
+def digits() -> ImageData:
+    return load_dataset("mnist-5k")
+
+
+def thinned(dataset: ImageData, step: int) -> ImageData:
+    """Every step-th image of a data set."""
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    return replace(dataset, **{name: getattr(dataset, name)[::step] for name in names})
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 import evaluate
 import utils
 from benchmarks import likelihood, throughput
+from data import load_dataset
 
 SMALL = ["--dataset=mnist-5k", "--images=600", "--hidden-size=16", "--latent-size=2", "--repeats=2", "--device=cpu"]
 
@@ -43,7 +44,7 @@ def test_the_floor_is_the_layers_arithmetic(monkeypatch: pytest.MonkeyPatch):
         lambda a, b, matmul=torch.matmul: counted.append(a.shape[0] * a.shape[1] * b.shape[1]) or matmul(a, b),
     )
     parser_defaults = {"batch_size": 60, "hidden_size": 16, "latent_size": 2, "device": "cpu"}
-    data = throughput.utils.load_dataset("mnist-5k")
+    data = load_dataset("mnist-5k")
     args = type("Args", (), parser_defaults)
     throughput.matrix_products(throughput.first_images(data, 600), args, torch.float32, "highest")()
     weights = 784 * 16 + 16 * 16 + 2 * 16 * 2 + 2 * 16 + 16 * 784
@@ -57,7 +58,7 @@ def test_tricks_can_be_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert throughput.train.AVERAGES_PER_EPOCH == 10**9
         torch.manual_seed(0)
         images = torch.full((4000, 10), 64, dtype=torch.uint8)
-        sample, _ = throughput.utils.binarize(images, "dynamic")
+        sample, _ = throughput.train.binarize(images, "dynamic")
         assert sample.mean().item() == pytest.approx(64 / 255, abs=0.01)
     assert throughput.train.AVERAGES_PER_EPOCH == 50
 
@@ -90,7 +91,7 @@ def test_likelihood_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     table = capsys.readouterr().out.splitlines()[-5:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]]
     assert [row[:2] for row in rows] == [[recipe, epochs] for recipe in recipes for epochs in "12"]
-    test_images = utils.load_dataset("mnist-5k").test_images
+    test_images = load_dataset("mnist-5k").test_images
     for row, binarize in ((rows[1], "dynamic"), (rows[3], "none")):
         model, _ = utils.load_checkpoint(next(tmp_path.glob("001*" if binarize == "dynamic" else "002*")))
         metrics = evaluate.evaluate(model, test_images, binarize, 3 if binarize == "dynamic" else 1)

@@ -11,6 +11,7 @@ import torch
 
 import train
 import utils
+from data import ImageData
 from model import VAE
 
 ROOT = Path(__file__).parent.parent
@@ -38,17 +39,16 @@ def torchrun(ranks: int, script: Path, *args: str) -> subprocess.CompletedProces
 def first_gradients(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gradients of the first step on a batch of 127, with noise that is a function of the image alone."""
     rank, ranks = utils.rank_and_ranks()
-    utils.binarize = lambda images, mode: ((images / 255).round(),) * 2
+    train.binarize = lambda images, mode: ((images / 255).round(),) * 2
     torch.randn_like = lambda std: torch.sin(10 * std.detach())
     torch.manual_seed(0)
     model = VAE(784, 32, 4)
-    options = {"binarize": "dynamic", "objective": "elbo"}
-    step = train.make_step(model, torch.optim.Adam(model.parameters()), images, options)
+    step = train.make_step(model, torch.optim.Adam(model.parameters()), images.flatten(1), train.Options())
     step(torch.arange(127)[rank::ranks], torch.tensor([1e-3, 0.7]))
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 
-def test_gradients_of_the_first_step(tmp_path: Path, digits: utils.Dataset, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_of_the_first_step(tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "script.py").write_text(
         HEADER
         + """
@@ -65,7 +65,7 @@ assert not [name for name in threads if "gloo" in name], "such threads abort a p
     done = torchrun(2, tmp_path / "script.py")
     assert done.returncode == 0, done.stderr
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "binarize", utils.binarize)
+        patch.setattr(train, "binarize", train.binarize)
         patch.setattr(torch, "randn_like", torch.randn_like)
         expected = first_gradients(digits.test_images)
     gradients = torch.load("gradients.pt")

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,15 @@ import torch
 
 import evaluate
 import utils
-from model import VAE
+from data import ImageData, binarize_test_set
+from model import VAE, kl_divergence
 from utils import UserError
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def inputs_of(digits: ImageData) -> torch.Tensor:
+    return binarize_test_set(digits.test_images, "dynamic")[0]
 
 
 def run_in_browser(page: str, script: str, folder: Path) -> object:
@@ -41,12 +47,12 @@ def run_in_browser(page: str, script: str, folder: Path) -> object:
         {"latent_size": 50, "hidden_size": 512, "decoder_layers": 2, "activation": "silu"},
     ],
 )
-def test_decodes_as_pytorch_does(config: dict, digits: utils.Dataset, tmp_path: Path):
+def test_decodes_as_pytorch_does(config: dict, digits: ImageData, tmp_path: Path):
     torch.manual_seed(0)
     model = VAE(**config)
     for layer in model.decoder.children():  # logits as wide as a trained model's
         torch.nn.init.normal_(layer.weight, std=1.8 / layer.in_features**0.5)
-    page = evaluate.make_explorer(model, digits, "dynamic", "caption")
+    page = evaluate.make_explorer(model, digits, inputs_of(digits), "caption")
     assert len(page) < 5e6
     z = 2 * torch.randn(5, config["latent_size"])
     result = run_in_browser(page, f"const result = {z.tolist()}.map(z => Array.from(decode(z)))", tmp_path)
@@ -55,9 +61,10 @@ def test_decodes_as_pytorch_does(config: dict, digits: utils.Dataset, tmp_path: 
     assert torch.tensor(result).sub(expected).abs().max() < 1e-4
 
 
-def test_what_it_shows_and_does(digits: utils.Dataset, tmp_path: Path):
+def test_what_it_shows_and_does(digits: ImageData, tmp_path: Path):
     model = VAE(latent_size=5, hidden_size=16)
-    page = evaluate.make_explorer(model, digits, "dynamic", "mnist-5k </script>, epoch 3")
+    inputs = inputs_of(digits)
+    page = evaluate.make_explorer(model, digits, inputs, "mnist-5k </script>, epoch 3")
     script = """
         plane.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", shiftKey: true}));
         const afterKey = [...z];
@@ -81,18 +88,16 @@ def test_what_it_shows_and_does(digits: utils.Dataset, tmp_path: Path):
     assert (result["points"], result["sliders"]) == (500, 5)
     assert len(set(result["dots"]) - {""}) == 10  # colours that the browser understands
     assert "mnist-5k </script>, epoch 3" in result["text"]
-    inputs, targets = utils.binarize_test_set(digits.test_images, "dynamic")
-    with torch.no_grad():
-        mu = model.encode(inputs)[2][-1]
-    torch.testing.assert_close(torch.tensor(result["last"]["mu"]), mu, atol=1e-3, rtol=0)
-    kl = evaluate.elbo_terms(model, inputs, targets)[1].mean(0)
+    logvar, mu = evaluate.posteriors(model, inputs)
+    torch.testing.assert_close(torch.tensor(result["last"]["mu"]), mu[-1], atol=1e-3, rtol=0)
+    kl = kl_divergence(logvar, mu).mean(0)
     assert result["order"] == kl.argsort(descending=True).tolist()
 
 
 @pytest.mark.parametrize("pointer", ["mouse", "touch"])
-def test_pointers_click_on_dots_and_drag(pointer: str, digits: utils.Dataset, tmp_path: Path):
+def test_pointers_click_on_dots_and_drag(pointer: str, digits: ImageData, tmp_path: Path):
     torch.manual_seed(0)
-    page = evaluate.make_explorer(VAE(latent_size=3, hidden_size=16), digits, "dynamic", "caption")
+    page = evaluate.make_explorer(VAE(latent_size=3, hidden_size=16), digits, inputs_of(digits), "caption")
     script = """
         data.points = [{mu: [0.5, -1, 2], label: 7}];
         plane.setPointerCapture = plane.hasPointerCapture = () => true;  // which made-up events have not
@@ -122,14 +127,38 @@ def test_pointers_click_on_dots_and_drag(pointer: str, digits: utils.Dataset, tm
 
 @pytest.mark.parametrize(
     ("config", "reason"),
-    [({"latent_size": 1}, "two latents"), ({"input_size": 783}, "square"), ({"hidden_size": 2000}, "million")],
+    [({"latent_size": 1}, "two latents"), ({"input_size": 756}, "square"), ({"hidden_size": 3000}, "million")],
 )
-def test_what_it_refuses(config: dict, reason: str, digits: utils.Dataset):
+def test_what_it_refuses(config: dict, reason: str, digits: ImageData):
+    if reason == "square":
+        digits = replace(digits, train_images=digits.train_images[:, 1:], test_images=digits.test_images[:, 1:])
     with pytest.raises(UserError, match=reason):
-        evaluate.make_explorer(VAE(**config), digits, "dynamic", "")
+        evaluate.make_explorer(VAE(**config), digits, inputs_of(digits), "")
 
 
-def test_command_writes_it(digits: utils.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+class OtherMean(VAE):
+    def mean(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs
+
+
+class OtherPrior(VAE):
+    def log_prior(self, z: torch.Tensor) -> torch.Tensor:
+        return -z.abs().sum(-1)
+
+
+@pytest.mark.parametrize("kind", [OtherMean, OtherPrior])
+def test_refuses_what_it_could_not_decode(kind: type, digits: ImageData):
+    with pytest.raises(UserError, match="prior N"):
+        evaluate.make_explorer(kind(), digits, inputs_of(digits), "")
+
+
+def test_best_likelihood_has_an_explorer(digits: ImageData):
+    """The recipe's sizes; and what it can't show is refused before anything is computed."""
+    model = VAE(hidden_size=768, latent_size=50, decoder_layers=2, activation="silu")
+    evaluate.check_explorer(model, digits)
+
+
+def test_command_writes_it(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = VAE(hidden_size=8, latent_size=2)
     utils.save_checkpoint(tmp_path / "a.pt", {"model": model.config, "model_state_dict": model.state_dict()})
     args = [str(tmp_path / "a.pt"), "--dataset=mnist-5k", "--nll-samples=1", "--explorer"]

