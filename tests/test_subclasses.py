@@ -1,0 +1,310 @@
+"""A subclass that changes one thing, networks, prior or likelihood, is trained and measured as the VAE is."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Laplace, MixtureSameFamily, Normal, constraints
+from torch.distributions import Categorical as Choice
+
+import evaluate
+import train
+import utils
+from data import ImageData, binarize_test_set, load_dataset
+from model import VAE
+from tests.conftest import thinned
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+SIZE = 49  # 7 x 7 images, so that integrals over the latents are quick
+OPTIONS = {"batch_size": 100, "lr": 1e-2, "device": "cpu"}
+
+
+class OtherNetworks(VAE):
+    """Plain modules for encoder and decoder, with normalizations: buffers, which only training changes."""
+
+    def __init__(self):
+        super().__init__(SIZE, 16, 2)
+        self.encoder = nn.Sequential(nn.Linear(SIZE, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1))
+        self.decoder = nn.Sequential(nn.Linear(2, 16), Normalization(16), nn.Tanh(), nn.Linear(16, SIZE))
+
+
+class Normalization(nn.BatchNorm1d):
+    """Batch normalization of (..., features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view(x.shape)
+
+
+class OtherPrior(VAE):
+    """A learned mixture of three normal distributions."""
+
+    def __init__(self):
+        super().__init__(SIZE, 16, 2)
+        self.centres = nn.Parameter(torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.5]]))
+
+    def mixture(self) -> MixtureSameFamily:
+        components = torch.distributions.Independent(Normal(self.centres, 0.7), 1)
+        return MixtureSameFamily(Choice(torch.full((3,), 1 / 3)), components)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        return self.mixture().log_prob(z)
+
+    def sample_prior(self, n: int) -> Tensor:
+        return self.mixture().sample((n,))
+
+
+class OtherLikelihood(VAE):
+    """Laplace's distribution around the sigmoid of the outputs, with a learned scale: any gray values will do."""
+
+    support = constraints.real
+
+    def __init__(self):
+        super().__init__(SIZE, 16, 2)
+        self.log_scale = nn.Parameter(torch.tensor(-1.0))
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return Laplace(self.mean(outputs), self.log_scale.exp()).log_prob(targets).sum(-1)
+
+
+SUBCLASSES = [OtherNetworks, OtherPrior, OtherLikelihood]
+BINARIZE = {OtherNetworks: "dynamic", OtherPrior: "dynamic", OtherLikelihood: "none"}
+
+
+@pytest.fixture(scope="module")
+def small() -> ImageData:
+    """Every fifth of the bundled digits, as 7 x 7 images."""
+
+    def shrink(images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images.float(), 4).to(torch.uint8)
+
+    few = thinned(load_dataset("mnist-5k"), 5)
+    return replace(few, train_images=shrink(few.train_images), test_images=shrink(few.test_images))
+
+
+@pytest.fixture(params=SUBCLASSES)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[VAE]:
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    torch.manual_seed(1)
+    return request.param
+
+
+def state(run: Path) -> dict[str, Tensor]:
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    parts = ("model_state_dict", "training_weights")
+    return {f"{part}.{name}": value for part in parts for name, value in checkpoint[part].items()}
+
+
+def trained(kind: type[VAE], small: ImageData, out_dir: Path, epochs: int) -> tuple[VAE, Path]:
+    torch.manual_seed(1)
+    options = OPTIONS | {"binarize": BINARIZE[kind], "epochs": epochs, "out_dir": str(out_dir)}
+    model, _, run = train.train(small, kind(), **options)
+    return model, run
+
+
+def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData, tmp_path: Path):
+    _, straight = trained(kind, small, tmp_path, 4)
+    _, run = trained(kind, small, tmp_path, 2)
+    half = state(run)
+    train.resume(run, kind(), small, epochs=4)
+    resumed, expected = state(run), state(straight)
+    assert expected.keys() == half.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert not all(torch.equal(half[name], expected[name]) for name in expected)
+    assert (run / "metrics.csv").read_text().count("\n") == 5
+
+
+def test_loads_into_the_model_given_and_names_its_class_else(kind: type[VAE], small: ImageData, tmp_path: Path):
+    model, run = trained(kind, small, tmp_path, 1)
+    loaded, checkpoint = utils.load_checkpoint(run, kind())
+    assert not loaded.training
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert checkpoint["class"] == f"{__name__}.{kind.__name__}"
+    others = [other() for other in SUBCLASSES if other is not kind]
+    for wrong in (None, VAE(SIZE, 16, 2), *others):
+        with pytest.raises(UserError, match=rf"{run}.*{kind.__name__}") as error:
+            utils.load_checkpoint(run, wrong)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=kind.__name__):
+        train.resume(run, dataset=small, epochs=2)
+    with pytest.raises(UserError, match=kind.__name__):
+        evaluate.evaluate_run(run, dataset="mnist-5k")
+    assert "sub" not in sys.modules  # no class is imported because a file names it
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint | {"class": "sub.Class"})
+    with pytest.raises(UserError, match=r"sub\.Class"):
+        utils.load_checkpoint(run)
+
+
+def integral(model: VAE, targets: Tensor) -> Tensor:
+    """-log p(x) of targets (N, D) by summing p(x|z) p(z) over a grid of two latents."""
+    model, step = copy.deepcopy(model).double(), 0.04
+    axis = torch.arange(-6, 6, step, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        if isinstance(model, OtherPrior):
+            log_prior = torch.stack([Normal(c, 0.7).log_prob(z).sum(1) for c in model.centres]).logsumexp(0) - math.log(
+                3
+            )
+        else:
+            log_prior = Normal(0.0, 1.0).log_prob(z).sum(1)
+        logits = getattr(model.decoder, "logits", model.decoder)(z)
+        if isinstance(model, OtherLikelihood):
+            p = Laplace(logits.sigmoid(), model.log_scale.exp())
+        else:
+            p = Bernoulli(logits=logits)
+        return torch.stack([-(p.log_prob(x).sum(1) + log_prior).logsumexp(0) for x in targets.double()]) - 2 * math.log(
+            step
+        )
+
+
+def test_metrics_and_the_nll_equals_the_integral(kind: type[VAE], small: ImageData, tmp_path: Path):
+    model, _ = trained(kind, small, tmp_path, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()  # as in a loop of somebody's own
+    metrics = evaluate.evaluate(model, small.test_images[:30], BINARIZE[kind], nll_samples=3000)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    _, targets = binarize_test_set(small.test_images[:30], BINARIZE[kind])
+    exact = integral(model.eval(), targets)
+    assert metrics["nll"] == pytest.approx(exact.mean().item(), abs=0.1)
+    assert metrics["neg_elbo"] > metrics["nll"]
+    assert (metrics["kl_per_latent"] is None) == (kind is OtherPrior)
+    assert 0 <= metrics["active_units"] <= metrics["latent_size"] == 2
+
+
+def test_iwae_of_one_sample_has_the_elbos_expected_gradient(kind: type[VAE], small: ImageData):
+    """Where the KL is the one-sample estimate, draw for draw; else on average over draws of z."""
+    torch.manual_seed(1)
+    model = kind().double().eval()
+    inputs, targets = (x.double() for x in binarize_test_set(small.test_images[:4], BINARIZE[kind]))
+    draws = 20_000
+    inputs, targets = inputs.repeat(draws, 1), targets.repeat(draws, 1)
+
+    def gradients(loss: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss / draws, model.parameters())])
+
+    _, logvar, mu = model.encode(inputs)
+    log_weights = model.log_importance_weights(targets, logvar, mu, torch.randn(1, *mu.shape).double())
+    bce, kl = model.elbo_terms(inputs, targets)
+    iwae, elbo = gradients(-log_weights.sum()), gradients((bce + kl).sum())
+    assert (iwae - elbo).norm() < 0.03 * elbo.norm()
+
+
+def test_iwae_objective_and_averaged_buffers(kind: type[VAE], small: ImageData, tmp_path: Path):
+    options = OPTIONS | {"binarize": BINARIZE[kind], "epochs": 2, "out_dir": str(tmp_path)}
+    _, history, run = train.train(small, kind(), **options, objective="iwae", importance_samples=3)
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    tensors = state(run)
+    for name in (name for name in tensors if "running_" in name and name.startswith("model_")):
+        last = tensors[name.replace("model_state_dict", "training_weights")]
+        assert not torch.equal(tensors[name], last)  # a mean over the last steps, near the last
+        assert (tensors[name] - last).norm() < 0.5 * last.norm()
+
+
+def test_pictures_of_every_kind(kind: type[VAE], small: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture):
+    model, _ = trained(kind, small, tmp_path, 1)
+    inputs, _ = binarize_test_set(small.test_images, BINARIZE[kind])
+    names = [name for name, _ in evaluate.draw_all(model, small, inputs, "caption")]
+    expected = {"reconstructions", "prior_samples", "interpolations", "latent_space", "manifold"}
+    assert set(names) == {
+        f"{name}.png" for name in expected | ({"latent_usage"} - ({"latent_usage"} if kind is OtherPrior else set()))
+    }
+    evaluate.print_metrics(
+        evaluate.evaluate(model, small.test_images, BINARIZE[kind], 2), "title", evaluate.bce_label(model)
+    )
+    printed = capsys.readouterr().out
+    assert ("no KL by latent" in printed) == (kind is OtherPrior)
+    assert ("-log p(x|z)" in printed) == (kind is OtherLikelihood)
+    assert " nll " in printed
+
+
+def test_two_processes(kind: type[VAE], small: ImageData, tmp_path: Path):
+    """They follow one process, and a single process goes on from them."""
+    torch.save(small, tmp_path / "small.pt")
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train, utils
+from tests import test_subclasses as tests
+train.draw = lambda *args: None
+with utils.process_group():
+    small = torch.load({str(tmp_path / "small.pt")!r}, weights_only=False)
+    model, run = tests.trained(tests.{kind.__name__}, small, {str(tmp_path / "two")!r}, 2)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 0, done.stderr
+    (two,) = (tmp_path / "two").iterdir()
+    _, one = trained(kind, small, tmp_path / "one", 2)
+    _, history, _ = train.resume(two, kind(), small, epochs=3)
+    losses = [row["test_loss"] for row in history]
+    expected = [row["test_loss"] for row in torch.load(one / "checkpoint.pt", weights_only=True)["history"]]
+    assert losses[0] == pytest.approx(expected[0], rel=0.15)  # with other noise
+    assert len(losses) == 3
+
+
+def test_manifold_of_another_prior_is_its_quantiles(small: ImageData):
+    model = OtherPrior()
+    _, (x, y) = evaluate.decode_manifold(model, steps=5)
+    draws = model.sample_prior(100_000)
+    for values, latent in ((x, 0), (y[::-1], 1)):
+        shares = [(draws[:, latent] < value).float().mean().item() for value in values]
+        assert shares == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9], abs=0.03)
+
+
+def test_a_weight_that_takes_no_part_is_named(small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    model = OtherPrior()
+    model.forgotten = nn.Linear(3, 3)
+    with pytest.raises(UserError, match=r"forgotten\.weight"):
+        train.train(small, model, **OPTIONS, epochs=1, out_dir=str(tmp_path / "a"))
+    model.forgotten.requires_grad_(False)
+    model.encoder.fc1.requires_grad_(False)
+    frozen = model.encoder.fc1.weight.clone()
+    _, _, run = train.train(small, model, **OPTIONS, epochs=1, out_dir=str(tmp_path / "b"))
+    again = OtherPrior()
+    again.forgotten = nn.Linear(3, 3)
+    for module in (again.forgotten, again.encoder.fc1):
+        module.requires_grad_(False)
+    model, _, _ = train.resume(run, again, small, epochs=2)
+    assert torch.equal(model.encoder.fc1.weight, frozen)
+
+
+@pytest.mark.parametrize("change", ["hidden_size", "latent_size", "input_size"])
+def test_a_model_that_does_not_fit_is_refused_before_a_folder_is_made(change: str, small: ImageData, tmp_path: Path):
+    sizes = {"input_size": SIZE, "hidden_size": 16, "latent_size": 2} | {change: 9}
+    model = VAE(**sizes)
+    options = {"hidden_size": 16, "latent_size": 2}
+    with pytest.raises(UserError, match=change.replace("_", ".") if change != "input_size" else "other images"):
+        train.train(small, model, **options, epochs=1, out_dir=str(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_made_model_and_one_in_place_are_trained_alike(small: ImageData, tmp_path: Path, monkeypatch):
+    """model may be a function of the data and the options; a model given is trained itself."""
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    seen = []
+
+    def make(dataset: ImageData, options: train.Options) -> VAE:
+        seen.append((dataset, options.hidden_size))
+        return train.make_vae(dataset, options)
+
+    options = OPTIONS | {"hidden_size": 16, "latent_size": 2, "epochs": 1, "out_dir": str(tmp_path)}
+    _, _, a = train.train(small, make, **options)
+    _, _, b = train.train(small, **options)
+    assert seen == [(small, 16)]
+    assert all(torch.equal(state(a)[name], value) for name, value in state(b).items())
+    mine = VAE(SIZE, 16, 2)
+    returned, _, c = train.train(small, mine, **OPTIONS, epochs=1, out_dir=str(tmp_path))
+    assert returned is mine
+    assert torch.load(c / "checkpoint.pt", weights_only=True)["options"]["hidden_size"] == 16
