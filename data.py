@@ -4,6 +4,7 @@ import functools
 import os
 import socket
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,13 +39,15 @@ class ImageData:
     test_labels: Tensor
 
     def __post_init__(self) -> None:
-        for part, images, labels in (
-            ("training", self.train_images, self.train_labels),
-            ("test", self.test_images, self.test_labels),
-        ):
-            if not (isinstance(images, Tensor) and images.dtype == torch.uint8 and images.dim() == 3 and len(images)):
+        parts = {
+            "training": (self.train_images, self.train_labels),
+            "test": (self.test_images, self.test_labels),
+        }
+        for part, (images, labels) in parts.items():
+            is_images = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.dim() == 3
+            if not is_images or len(images) < 2:
                 found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-                expected = "a tensor of bytes (torch.uint8) of shape (N, H, W) with N > 0"
+                expected = "a tensor of bytes (torch.uint8) of shape (N, H, W) with N > 1"
                 raise UserError(f"the {part} images of {self.name} must be {expected}, not {found}")
             if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]):
                 raise UserError(f"the {part} labels of {self.name} must be a tensor of int64, one per image")
@@ -62,6 +65,10 @@ class ImageData:
     def input_size(self) -> int:
         """H * W, the values per image."""
         return self.train_images[0].numel()
+
+    def checksum(self) -> int:
+        """Of all images: by it a run knows its data again."""
+        return zlib.crc32(self.test_images.contiguous().numpy(), zlib.crc32(self.train_images.contiguous().numpy()))
 
 
 def load_dataset(name: str = "auto", data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
@@ -182,44 +189,53 @@ def _damaged(name: str, data_dir: str | Path) -> str:
 
 
 def _load_path(path: Path, image_size: int) -> ImageData:
-    """A folder's train and test folders where it has both, else all of its images, of which every tenth is a test."""
-    name = path.resolve().stem
+    """A folder's train and test folders where it has both, else all of its images, a tenth or so for testing."""
     if path.is_dir() and (path / "train").is_dir() and (path / "test").is_dir():
-        classes, *train = _read_folder(path / "train", name, image_size)
-        test_classes, images, labels = _read_folder(path / "test", name, image_size)
+        name = path.resolve().name
+        classes, _, *train = _read_folder(path / "train", name, image_size)
+        test_classes, _, images, labels = _read_folder(path / "test", name, image_size)
         if unknown := sorted(set(test_classes) - set(classes)):
             raise UserError(f"{path / 'test'} has classes that {path / 'train'} lacks: {', '.join(unknown)}")
         return ImageData(name, classes, *train, images, torch.tensor([classes.index(test_classes[i]) for i in labels]))
     if path.is_dir():
-        classes, images, labels = _read_folder(path, name, image_size)
+        name = path.resolve().name
+        classes, keys, images, labels = _read_folder(path, name, image_size)
     elif path.suffix == ".npz" and path.is_file():
-        classes, images, labels = _read_npz(path, name)
+        name = path.stem
+        classes, keys, images, labels = _read_npz(path, name)
     else:
-        what = "is no folder and no .npz file" if path.exists() else "is no such data set or path"
+        what = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
         raise UserError(
             f"--dataset {path} {what}: choose from {', '.join(DATASETS)}, a folder of images or an .npz file"
         )
-    if len(images) < 2:
-        raise UserError(f"{path} holds a single image: training and testing need one each, at least")
-    is_test = torch.arange(len(images)) % 10 == 0
+    if len(images) < 4:
+        raise UserError(f"{path} holds {len(images)} images: training and testing need two each, at least")
+    # By the name of each image, or its place in the file, so that none changes sides when others come
+    hashes = torch.tensor([zlib.crc32(key.encode()) for key in keys])
+    is_test = hashes % 10 == 0
+    if is_test.sum() < 2:  # of very few images
+        is_test = hashes <= hashes.sort().values[1]
     return ImageData(name, classes, images[~is_test], labels[~is_test], images[is_test], labels[is_test])
 
 
-def _read_folder(folder: Path, name: str, size: int) -> tuple[list[str], Tensor, Tensor]:
-    """The classes, images and labels of a folder. Its sub-folders are its classes; without any, `name` is the only one.
+def _read_folder(folder: Path, name: str, size: int) -> tuple[list[str], list[str], Tensor, Tensor]:
+    """The classes, file names, images and labels of a folder. Its sub-folders are its classes, or `name`, without any.
 
-    Files and folders are taken in the order of their names, those that torchvision knows for images by their suffix.
+    Files and folders are taken in the order of their names, and images are known by their suffix, as torchvision's are.
     """
     from PIL import Image
 
-    datasets = _import_torchvision_datasets(str(folder))
+    datasets, folder = _import_torchvision_datasets(str(folder)), folder.resolve()
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    root, names = (folder, classes) if classes else (folder.resolve().parent, [folder.resolve().name])
+    beside = [path for path in folder.iterdir() if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    if classes and beside:
+        raise UserError(f"{folder} holds folders, which would be classes, and images beside them, such as {beside[0]}")
+    root, folders = (folder, classes) if classes else (folder.parent, [folder.name])
     try:
-        labels = {name: label for label, name in enumerate(names)}
+        labels = {folder: label for label, folder in enumerate(folders)}
         files = datasets.ImageFolder.make_dataset(str(root), labels, datasets.folder.IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no folder of images: {one_line(error)}") from error
+        raise UserError(f"{folder} is not a folder of images: {one_line(error)}") from error
     images = torch.empty(len(files), size, size, dtype=torch.uint8)
     is_first = rank_and_ranks()[0] == 0
     bar = tqdm(files, desc="reading", unit=" images", leave=False, disable=None if is_first else True)
@@ -228,11 +244,12 @@ def _read_folder(folder: Path, name: str, size: int) -> tuple[list[str], Tensor,
             with Image.open(path) as picture:
                 image.copy_(torch.from_numpy(_to_gray_square(picture, size)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is damaged or no image ({one_line(error)}): mend or remove it") from error
+            raise UserError(f"{path} is damaged or not an image ({one_line(error)}): fix or remove it") from error
     if is_first:
-        how = f"made gray, cropped square at the centre and resized to {size} x {size}"
+        how = f"converted to gray, cropped square at the centre and resized to {size} x {size}"
         print(f"{folder}: {len(files):,} pictures, {how}")
-    return classes or [name], images, torch.tensor([label for _, label in files])
+    keys = [Path(path).relative_to(folder).as_posix() for path, _ in files]
+    return classes or [name], keys, images, torch.tensor([label for _, label in files])
 
 
 def _to_gray_square(picture: Any, size: int) -> np.ndarray:
@@ -240,23 +257,22 @@ def _to_gray_square(picture: Any, size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode[0] in "IF":  # not 8 bits, as which PIL would cut off what is above 255
-        values = np.array(picture)
-        if picture.mode == "F" or values.min() < 0 or values.max() >= 2**16:
-            raise ValueError("its pixels are neither of 8 nor of 16 bits")
-        picture = Image.fromarray((values // 256).astype(np.uint8))
+    if picture.mode.startswith("I;16"):  # of which PIL would cut off what is above 255
+        picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, of which it is not known what white is")
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return np.array(ImageOps.fit(picture.convert("L"), (size, size)))
 
 
-def _read_npz(path: Path, name: str) -> tuple[list[str], Tensor, Tensor]:
-    """The classes, images (N, H, W) and labels (N,) of an .npz file; without labels, `name` is the only class."""
+def _read_npz(path: Path, name: str) -> tuple[list[str], list[str], Tensor, Tensor]:
+    """The classes, places, images (N, H, W) and labels (N,) of an .npz file. Without labels, `name` is the class."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in ("images", "labels") if key in arrays}
     except Exception as error:  # what numpy raises for a damaged file is not documented
-        raise UserError(f"{path} is damaged, or no .npz file of plain arrays ({one_line(error)})") from error
+        raise UserError(f"{path} is damaged, or not an .npz file of plain arrays ({one_line(error)})") from error
     if "images" not in arrays:
         raise UserError(f"{path} has no array named images")
     images = arrays["images"]
@@ -266,7 +282,8 @@ def _read_npz(path: Path, name: str) -> tuple[list[str], Tensor, Tensor]:
     if labels.shape != images.shape[:1]:
         raise UserError(f"{path}: labels must be ({len(images)},), one per image, not {labels.shape}")
     classes, labels = np.unique(labels, return_inverse=True)
-    return [str(label) for label in classes], torch.from_numpy(images), torch.from_numpy(labels).long()
+    places = list(map(str, range(len(images))))
+    return [str(label) for label in classes], places, torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,8 +294,11 @@ def binarize(images: Tensor, mode: str, generator: torch.Generator | None = None
     """uint8 images -> float input and target in [0, 1], of the same shape.
 
     dynamic: both are one Bernoulli sample whose probabilities are the gray values, as in Burda et al. 2016.
-    threshold: gray input, target gray > 0.5. none: both gray, for which a Bernoulli likelihood is none.
+    threshold: gray input, target gray > 0.5. none: both gray, for which a Bernoulli likelihood is none. Raises
+    UserError for images of another type, whose range is not known, and ValueError for another mode.
     """
+    if images.dtype != torch.uint8:
+        raise UserError(f"images must be bytes from 0 to 255 (torch.uint8), not {images.dtype}")
     if mode == "dynamic":
         if images.is_cpu:  # whose generator is slow: one call of it makes 64 bits, 16 each for four pixels
             calls = torch.empty(-(-images.numel() // 4), dtype=torch.int64)

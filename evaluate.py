@@ -26,7 +26,7 @@ try:
 
     import utils
     from data import BINARIZE, DATASETS, ImageData, binarize_test_set, load_dataset
-    from model import VAE, Decoder, kl_divergence
+    from model import VAE, Decoder
     from utils import UserError
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -124,6 +124,7 @@ def evaluate(
     inputs, targets = binarize_test_set(images.to(next(model.parameters()).device), binarize)
     bce, kl = elbo_terms(model, inputs, targets)
     logvar, mu = posteriors(model, inputs)
+    kl_by_latent = model.kl_by_latent(logvar, mu)
     neg_elbo, neg_elbo_se = _mean_and_error(bce + kl)
     nll, nll_se = None, None
     if model.is_likelihood(targets):
@@ -133,7 +134,7 @@ def evaluate(
         "neg_elbo_se": neg_elbo_se,
         "bce": bce.mean().item(),
         "kl": kl.mean().item(),
-        "kl_per_latent": kl_divergence(logvar, mu).mean(0).tolist() if model.has_standard_prior() else None,
+        "kl_per_latent": None if kl_by_latent is None else kl_by_latent.mean(0).tolist(),
         "nll": nll,
         "nll_se": nll_se,
         "nll_samples": nll_samples,
@@ -211,7 +212,7 @@ def draw_latent_space(model: VAE, dataset: ImageData, inputs: Tensor, caption: s
     axes.scatter(*mu.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
     shown = 40  # of the classes, as many as the legend has room for
     for name, color in zip(dataset.classes[:shown], colors, strict=False):
-        axes.scatter([], [], color=color, label=name)
+        axes.scatter([], [], color=color, label=verbatim(name))
     title = f"the first {shown} of {len(colors)} classes" if len(colors) > shown else None
     legend = {"ncols": -(-min(shown, len(colors)) // 20), "fontsize": 10 if len(colors) <= 20 else 7}
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=title, **legend)
@@ -222,12 +223,13 @@ def draw_latent_space(model: VAE, dataset: ImageData, inputs: Tensor, caption: s
 def draw_latent_usage(model: VAE, inputs: Tensor, caption: str) -> "Figure":
     """The mean KL of each latent dimension over the test images, sorted: what the encoder says through each.
 
-    Raises ValueError where the prior is not N(0, I), and has no KL by latent dimension.
+    Raises ValueError where the prior has no KL by latent dimension.
     """
-    if not model.has_standard_prior():
-        raise ValueError("the prior is not N(0, I), and has no KL by latent dimension")
     logvar, mu = posteriors(model, inputs)
-    kl = kl_divergence(logvar, mu).mean(0).cpu()
+    kl = model.kl_by_latent(logvar, mu)
+    if kl is None:
+        raise ValueError("the prior has no KL by latent dimension")
+    kl = kl.detach().mean(0).cpu()
     order = kl.argsort(descending=True)
     active = is_active(mu).cpu()[order]
     figure, axes = _new_figure(
@@ -285,9 +287,9 @@ def draw_tiles(
     columns = len(images) // rows
     figure, axes = _new_figure(columns, rows, title)
     axes.imshow(tile(images, rows, shape).numpy(), cmap="gray", vmin=0, vmax=1)
-    axes.set_yticks([(row + 0.5) * height for row in range(rows if row_labels else 0)], row_labels or [], fontsize=8)
-    middles = [(column + 0.5) * width for column in range(columns if column_labels else 0)]
-    axes.set_xticks(middles, column_labels or [], fontsize=8)
+    for set_ticks, labels, size in ((axes.set_yticks, row_labels, height), (axes.set_xticks, column_labels, width)):
+        labels = [verbatim(label) for label in labels or []]
+        set_ticks([(i + 0.5) * size for i in range(len(labels))], labels, fontsize=8)
     axes.tick_params(length=0)
     return figure
 
@@ -297,6 +299,11 @@ def tile(images: Tensor, rows: int, shape: tuple[int, int] = (28, 28)) -> Tensor
     height, width = shape
     tiles = images.detach().float().cpu().view(rows, -1, height, width)
     return tiles.transpose(1, 2).reshape(rows * height, -1)
+
+
+def verbatim(text: str) -> str:
+    """Text that matplotlib shows as it is, without formulas."""
+    return text.replace("$", r"\$")
 
 
 def class_colors(num_classes: int) -> list[Any]:
@@ -323,7 +330,7 @@ def make_explorer(model: VAE, dataset: ImageData, inputs: Tensor, caption: str, 
 
     chosen = torch.linspace(0, len(inputs) - 1, min(num_points, len(inputs))).long()
     logvar, mu = posteriors(model, inputs)
-    kl = kl_divergence(logvar, mu).mean(0)
+    kl = model.kl_by_latent(logvar, mu).mean(0)
     latent_size = len(kl)
     content = {
         "caption": caption,
@@ -345,7 +352,7 @@ def make_explorer(model: VAE, dataset: ImageData, inputs: Tensor, caption: str, 
 
 def check_explorer(model: VAE, dataset: ImageData) -> None:
     """Raises UserError for a model or images that the explorer can't show."""
-    methods = ("outputs", "mean", "log_prior", "sample_prior")
+    methods = ("outputs", "mean", "log_prior", "sample_prior", "kl_by_latent")
     if type(model.decoder) is not Decoder or any(
         getattr(type(model), name) is not getattr(VAE, name) for name in methods
     ):
@@ -383,7 +390,7 @@ def draw_all(model: VAE, dataset: ImageData, inputs: Tensor, caption: str) -> It
     yield "prior_samples.png", draw_prior_samples(model, caption, dataset.shape)
     yield "interpolations.png", draw_interpolations(model, dataset, inputs, caption)
     yield "latent_space.png", draw_latent_space(model, dataset, inputs, caption)
-    if model.has_standard_prior():
+    if model.kl_by_latent(*posteriors(model, inputs[:2])) is not None:
         yield "latent_usage.png", draw_latent_usage(model, inputs, caption)
     if model.config["latent_size"] == 2:
         yield "manifold.png", draw_manifold(model, caption, dataset.shape)
@@ -401,7 +408,7 @@ def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]
 
     figure = Figure(figsize=(max(5, 0.5 * columns + 1.6), 0.5 * rows + 1), layout="constrained")  # for the title too
     axes = figure.subplots()
-    axes.set_title(title, fontsize=10)
+    axes.set_title(verbatim(title), fontsize=10)
     return figure, axes
 
 
@@ -412,7 +419,7 @@ def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]
 def evaluate_run(
     run: str | Path,
     model: VAE | None = None,
-    dataset: str | None = None,
+    dataset: str | ImageData | None = None,
     data_dir: str | Path = "data",
     binarize: str | None = None,
     nll_samples: int = NLL_SAMPLES,
@@ -423,22 +430,24 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures -> metrics.
 
-    A checkpoint of a subclass of VAE needs such a model. dataset and binarize are by default those of the run, and
-    out_dir is beside the checkpoint. Raises UserError for a bad value or file, and OSError.
+    A checkpoint of a subclass of VAE needs such a model. dataset and binarize are by default those of the run, whose
+    images must be the same still, and out_dir is beside the checkpoint. Raises UserError for a bad value or file, and
+    OSError.
     """
     device = utils.choose_device(device)
     path = utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path, model)
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = binarize or options.get("binarize", "dynamic")
-    name = dataset or options.get("dataset", "auto")
-    if binarize not in BINARIZE or not isinstance(name, str):
-        raise UserError(f"{path} was trained with options that are none of this program's")
-    is_folder = name not in DATASETS and Path(name).is_dir()
-    dataset = load_dataset(name, data_dir, math.isqrt(model.config["input_size"]) if is_folder else None)
-    if model.config["input_size"] != dataset.input_size:
-        sizes = f"{model.config['input_size']} values per image, {dataset.name} has {dataset.input_size}"
-        raise UserError(f"{path} is a model of {sizes}")
+    if binarize not in BINARIZE:
+        raise UserError(f"{path} was trained with an option that this program lacks: --binarize {binarize}")
+    if not isinstance(dataset, ImageData):
+        name, named = str(dataset or options.get("dataset", "auto")), dataset
+        is_folder = name not in DATASETS and Path(name).is_dir()
+        dataset = load_dataset(name, data_dir, math.isqrt(model.config["input_size"]) if is_folder else None)
+        if not named:
+            check_same_images(checkpoint, dataset, path)
+    check_images(model, dataset)
     if explorer:
         check_explorer(model, dataset)
     out_dir = Path(out_dir or path.parent)
@@ -461,13 +470,24 @@ def evaluate_run(
     return metrics
 
 
+def check_images(model: VAE, dataset: ImageData) -> None:
+    """Raises UserError where the model is not one of images of such a size."""
+    if model.config["input_size"] != dataset.input_size:
+        sizes = f"{model.config['input_size']} values each, those of {dataset.name} have {dataset.input_size}"
+        raise UserError(f"the model is for other images: of {sizes}")
+
+
+def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
+    """Raises UserError where a run was trained on other images, so that those to test on may have been among them."""
+    if checkpoint.get("checksum", checksum := dataset.checksum()) != checksum:
+        raise UserError(f"{path} is of other images than those that {checkpoint['options']['dataset']} holds now")
+
+
 def print_metrics(metrics: dict[str, Any], title: str, bce: str = "BCE") -> None:
     """Prints what evaluate returns; bce is the name of the loss's first term."""
     print(f"{title}; {metrics['num_images']:,} test images")
     if metrics["nll"] is None:
-        print(
-            "Targets are gray: the figures below are cross-entropies, not likelihoods, and compare with no other mode"
-        )
+        print("The model has no likelihood of such targets (gray, for a Bernoulli): these figures are not likelihoods")
     print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
     print(f"    {bce.lower():11s} {metrics['bce']:8.2f}")
     if metrics["kl_per_latent"] is None:

@@ -15,7 +15,7 @@ The whole method in one file that needs torch alone: copy it into your own proje
 A subclass of VAE changes one thing by overriding one thing, and all losses and metrics follow:
 
     the networks      other modules in self.encoder, self.latent_z or self.decoder
-    the prior         log_prior and sample_prior
+    the prior         log_prior and sample_prior, and kl_by_latent where there is a closed form
     the likelihood    log_likelihood, with the mean of the pixels and the support of the targets
 
 Shapes: B images, K samples of z per image. Losses and log-probabilities are in nats.
@@ -97,8 +97,8 @@ class VAE(nn.Module):
     - self.encoder: any module (B, input_size) -> hidden. Images arrive flat.
     - self.latent_z: any module hidden -> z, logvar, mu, each (B, latent_size).
     - self.decoder: any module (..., latent_size) -> outputs (..., D), which log_likelihood and mean take: by default
-      one logit per pixel. z arrives as (B, latent_size), and as (K, B, latent_size) from importance sampling. Where
-      the module has a method `logits`, as Decoder has, that is called.
+      one logit per pixel. z arrives as (B, latent_size), and as (K, B, latent_size) from importance sampling. Of a
+      Decoder, the method `logits` is called.
     """
 
     support: constraints.Constraint = constraints.boolean  # the targets of which log_likelihood is a likelihood
@@ -147,7 +147,7 @@ class VAE(nn.Module):
 
     def outputs(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> what the decoder gives before any sigmoid: (..., D), by default the pixels' logits."""
-        decode = getattr(self.decoder, "logits", self.decoder)
+        decode = self.decoder.logits if isinstance(self.decoder, Decoder) else self.decoder
         return _at_least_float32(decode(z))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class VAE(nn.Module):
         return log_standard_normal(z)
 
     def sample_prior(self, n: int) -> Tensor:
-        """(n, latent_size): draws of p(z), of the weights' type and on their device."""
+        """-> (n, latent_size): draws of p(z), of the weights' type and on their device."""
         weight = next(self.parameters())
         return torch.randn(n, self.config["latent_size"], dtype=weight.dtype, device=weight.device)
 
@@ -193,33 +193,44 @@ class VAE(nn.Module):
         return torch.sigmoid(outputs)
 
     def is_likelihood(self, targets: Tensor) -> bool:
-        """Is log_likelihood one of such targets (B, input_size)? A Bernoulli's is of black and white pixels only."""
+        """Are all targets (B, input_size) in the support, so that log_likelihood is the logarithm of a likelihood?"""
         return bool(self.support.check(targets).all())
 
     # What follows from them
 
     def has_standard_prior(self) -> bool:
-        """Is p(z) = N(0, I), from which the KL has a closed form, by latent dimension?"""
+        """Is p(z) = N(0, I), for which there are closed forms?"""
         return type(self).log_prior is VAE.log_prior
 
-    def sampled_kl(self, z: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:
-        """log q(z|x) - log p(z), the estimate of the KL from one draw: (..., latent_size) -> (...), in nats."""
-        z, logvar, mu = _at_least_float32(z), _at_least_float32(logvar), _at_least_float32(mu)
-        log_posterior = log_standard_normal((z - mu) * torch.exp(-0.5 * logvar)) - 0.5 * logvar.sum(-1)
-        return log_posterior - self.log_prior(z)
+    def kl_by_latent(self, logvar: Tensor, mu: Tensor) -> Tensor | None:
+        """KL(q(z|x) || p(z)) by image and latent dimension, in closed form: (B, latent_size), in nats.
+
+        None, for no closed form, where a subclass overrides log_prior and not this.
+        """
+        return kl_divergence(logvar, mu) if self.has_standard_prior() else None
+
+    def sampled_kl(self, z: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+        """log q(z|x) - log p(z), the estimate of the KL from one draw z = mu + std * eps.
+
+        z and eps (..., latent_size), logvar (B, latent_size) -> (...), in nats.
+        """
+        z, logvar, eps = _at_least_float32(z), _at_least_float32(logvar), _at_least_float32(eps)
+        if self.has_standard_prior():
+            return -0.5 * (logvar + eps**2 - z**2).sum(-1)  # the constants cancel
+        return log_standard_normal(eps) - 0.5 * logvar.sum(-1) - self.log_prior(z)
 
     def elbo_terms(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The negative ELBO's two terms per image (eq. 3), from one draw of z: -log p(x|z) and the KL, each (B,).
 
         x (B, ...) is what the encoder is given, targets (B, ...) what p(x|z) is taken of. The form to train with: no
         probability rounds to 0 or 1 on the way. By default the first term is the binary cross-entropy of the pixels.
-        The KL is in closed form (appendix B) where the prior is N(0, I), and else sampled_kl (eq. 2). Their sum is the
-        negative ELBO; bce + beta * kl weighs the KL (Higgins et al. 2017).
+        The KL is kl_by_latent's, and where there is none, sampled_kl's (eq. 2). Their sum is the negative ELBO;
+        bce + beta * kl weighs the KL (Higgins et al. 2017).
         """
         z, logvar, mu = self.encode(x)
         bce = -self.log_likelihood(self.outputs(z), targets.flatten(1))
-        kl = kl_divergence(logvar, mu).sum(-1) if self.has_standard_prior() else self.sampled_kl(z, logvar, mu)
-        return bce, kl
+        kl = self.kl_by_latent(logvar, mu)
+        return bce, self.sampled_kl(z, logvar, (z - mu) * torch.exp(-0.5 * logvar)) if kl is None else kl.sum(-1)
 
     def log_importance_weights(self, targets: Tensor, logvar: Tensor, mu: Tensor, eps: Tensor) -> Tensor:
         """log p(x|z) + log p(z) - log q(z|x) at z = mu + std * eps (Burda et al. 2016, arXiv 1509.00519, eq. 8).
@@ -228,7 +239,7 @@ class VAE(nn.Module):
         (K, B), in nats.
         """
         z = mu + torch.exp(0.5 * logvar) * eps
-        return self.log_likelihood(self.outputs(z), targets.flatten(1)) - self.sampled_kl(z, logvar, mu)
+        return self.log_likelihood(self.outputs(z), targets.flatten(1)) - self.sampled_kl(z, logvar, eps)
 
 
 def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:

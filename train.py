@@ -15,6 +15,7 @@ import csv
 import io
 import math
 import numbers
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ try:
     import evaluate
     import utils
     from data import BINARIZE, DATASETS, ImageData, binarize, binarize_test_set, load_dataset
-    from model import ACTIVATIONS, VAE, nll_from_log_weights
+    from model import ACTIVATIONS, VAE, Decoder, nll_from_log_weights
     from utils import UserError
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -54,21 +55,29 @@ Requirement = tuple[str, Callable[[Any], bool]]  # what a good value is, and whe
 COUNT: Requirement = ("a whole number from 1 to 2^31", lambda n: 1 <= n < 2**31)
 POSITIVE: Requirement = ("a number above 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE: Requirement = ("a number, 0 or above", lambda x: 0 <= x < math.inf)
-KINDS = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool}
+TEXT: Requirement = ("a name or a path", lambda _: True)
+SWITCH: Requirement = ("True or False", lambda _: True)
+KINDS = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike), bool: bool}
+
+PLACES = {"data_dir", "out_dir"}  # of this machine: not kept in a checkpoint
+RESUMABLE = ("epochs", "dataset", "data_dir", "device")  # what --resume takes
+SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation")  # a model's arguments
 
 
-def option(default: Any, help: str, requirement: Requirement = ("a word, or True or False", lambda _: True)) -> Any:
+def option(default: Any, help: str, requirement: Requirement) -> Any:
+    """A field of Options."""
     return field(default=default, metadata={"help": help, "requirement": requirement, "choices": None})
 
 
 def choice(default: str, help: str, choices: tuple[str, ...]) -> Any:
+    """A field of Options with one of a few values."""
     requirement = (f"one of {', '.join(choices)}", lambda value: value in choices)
     return field(default=default, metadata={"help": help, "requirement": requirement, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is trained with: the command's options, and train's arguments.
+    """What a run is trained with: the arguments of the command and of train, with their defaults, help and good values.
 
     Raises UserError, in the command line's words, for the first that has a bad value.
     """
@@ -77,8 +86,9 @@ class Options:
         "auto",
         f"{', '.join(DATASETS[1:])}, or the path of a folder of images or of an .npz file; auto is mnist, or mnist-5k "
         "where mnist is unavailable",
+        TEXT,
     )
-    data_dir: str = option("data", "where data sets are read and downloaded")
+    data_dir: str = option("data", "where data sets are read and downloaded", TEXT)
     image_size: int | None = option(
         None, "width and height that the pictures in a folder are given (default: 28)", COUNT
     )
@@ -106,10 +116,10 @@ class Options:
     )
     importance_samples: int = option(1, "draws of z per image for --objective iwae (1: the ELBO)", COUNT)
     adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", NOT_NEGATIVE)
-    average: bool = option(True, "evaluate and keep a running average of the weights")
+    average: bool = option(True, "evaluate and keep a running average of the weights", SWITCH)
     device: str = choice("auto", "auto is the first of cuda, mps and cpu that is there", utils.DEVICES)
     seed: int = option(0, "of all that is random", ("a whole number from 0 to 2^40", lambda seed: 0 <= seed <= 2**40))
-    out_dir: str = option("runs", "where run folders are made")
+    out_dir: str = option("runs", "where run folders are made", TEXT)
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -120,29 +130,25 @@ class Options:
             is_kind = isinstance(value, KINDS[kind]) and (kind is bool or not isinstance(value, bool))
             if not (is_kind and is_good(value)):
                 raise UserError(f"{flag(option.name)} must be {text}, not {value}")
-            object.__setattr__(self, option.name, kind(value))  # a NumPy number becomes one of Python's
+            object.__setattr__(self, option.name, kind(value))  # NumPy's numbers become Python's, and paths text
         if self.objective == "elbo" and self.importance_samples > 1:
             raise UserError("--importance-samples is for --objective iwae")
         if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):
             raise UserError("--beta and --kl-warmup are for --objective elbo: iwae has no KL to weigh")
 
     def to_save(self) -> dict[str, Any]:
-        """The options as a checkpoint holds them: not the places, which are another machine's elsewhere."""
+        """The options as a checkpoint holds them."""
         return {name: value for name, value in asdict(self).items() if name not in PLACES}
 
     @classmethod
     def saved_in(cls, checkpoint: dict[str, Any]) -> "Options":
-        """Those of a checkpoint, and the defaults of such as have come since. Raises KeyError where it has none."""
-        saved = {name: checkpoint["options"][name] for name in ("dataset", "epochs")} | checkpoint["options"]
-        names = {option.name for option in fields(cls)} - PLACES
+        """Those of a checkpoint, and the defaults of options that are newer. Raises KeyError where it has none."""
+        saved, names = checkpoint["options"], {option.name for option in fields(cls)} - PLACES
+        if not saved.get("dataset") or not saved.get("epochs"):
+            raise KeyError("dataset or epochs")
         if unknown := sorted(map(str, saved.keys() - names - PLACES)):
             print(f"warning: no longer options, and left out: {', '.join(unknown)}", file=sys.stderr)
         return cls(**{name: saved[name] for name in saved.keys() & names})
-
-
-PLACES = {"data_dir", "out_dir"}
-RESUMABLE = ("epochs", "dataset", "data_dir", "device")  # what --resume takes
-SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation")  # a model's arguments
 
 
 def kind_of(option: Any) -> type:
@@ -151,30 +157,31 @@ def kind_of(option: Any) -> type:
 
 
 def flag(name: str) -> str:
+    """batch_size -> --batch-size."""
     return f"--{name.replace('_', '-')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
 
-MakeModel = Callable[[ImageData, Options], VAE]
+Model = VAE | type[VAE] | Callable[[ImageData, Options], VAE]  # a model, its class, or what makes it
 OnEpoch = Callable[[VAE, list[dict[str, Any]]], None]
-Run = tuple[VAE, list[dict[str, Any]], Path]
+Trained = tuple[VAE, list[dict[str, Any]], Path]
 
 
 def train(
     dataset: str | Path | ImageData = "auto",
-    model: VAE | MakeModel | None = None,
+    model: Model | None = None,
     on_epoch: OnEpoch | None = None,
     **options: Any,
-) -> Run:
+) -> Trained:
     """Trains a model; `options` are those of Options, and so are their defaults.
 
-    dataset may also be ImageData of your own, and model a VAE, or an instance of a subclass, or a function that makes
-    one of the data and the Options: by default, make_vae. After each epoch on_epoch is called with the model and the
-    history so far, for a notebook to show them. Returns the model, in eval mode, the rows of metrics.csv (losses in
-    nats per image) and the run folder. Raises UserError for a bad value, and OSError where the run folder can't be
-    written. Seeds PyTorch's generators and flushes denormals.
+    dataset may also be ImageData of your own. model may be a VAE, with any weights, or an instance of a subclass, a
+    subclass that takes VAE's arguments, or a function of the data and the Options that makes a model; by default it is
+    VAE. After each epoch on_epoch is called with the model and the history so far, for a notebook to show them. Returns
+    the model, in eval mode, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for
+    a bad value, and OSError where the run folder can't be written. Seeds PyTorch's generators and flushes denormals.
     """
     name = dataset.name if isinstance(dataset, ImageData) else str(dataset)
     options = Options(dataset=name, **options)
@@ -182,9 +189,9 @@ def train(
     flush_denormals()
     if not isinstance(dataset, ImageData):
         dataset = load_dataset(name, options.data_dir, options.image_size)
-        name = dataset.name if name in DATASETS else str(Path(name).resolve())
+        name = dataset.name if name in DATASETS else str(Path(name).resolve())  # found from other folders too
     epochs = options.epochs or (150 if dataset.name == "mnist-5k" else 20)
-    model = build(model or make_vae, dataset, options)
+    model = build(model or VAE, dataset, options)
     options = replace(options, dataset=name, epochs=epochs, **sizes_of(model))
     checkpoint = {"epoch": 0, "history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
@@ -193,14 +200,15 @@ def train(
 
 def resume(
     run: str | Path,
-    model: VAE | MakeModel | None = None,
+    model: Model | None = None,
     dataset: str | Path | ImageData | None = None,
     on_epoch: OnEpoch | None = None,
     **changes: Any,
-) -> Run:
+) -> Trained:
     """Goes on with a run, in its folder, from its last whole epoch to `epochs` or to what it was started for.
 
-    A run of a model or on data of your own needs these again. `changes` are the options epochs, data_dir and device.
+    A run of a model of your own, or on ImageData, needs it again; dataset may also be the path to which its images have
+    moved, which must be the same still. `changes` are the options epochs, data_dir and device.
     On one CPU the weights end bit-identical to those of a run that was never interrupted and, the learning rate being
     constant, to those of a run started with the larger `epochs`: the cosine schedule is stretched to the new length.
     A run that has reached them gets its table and pictures written again. Returns and raises as train does.
@@ -223,11 +231,12 @@ def resume(
     if options.epochs < checkpoint.get("epoch", 0):
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
     if not isinstance(dataset, ImageData):
+        if dataset and str(dataset) not in DATASETS:
+            options = replace(options, dataset=str(Path(dataset).resolve()))
         dataset = load_dataset(str(dataset or options.dataset), options.data_dir, options.image_size)
-    if model:
-        model = build(model, dataset, options)
-    model = utils.load_weights(model, checkpoint, path)
-    check_images(model, dataset)
+    model = utils.load_weights(model and build(model, dataset, options), checkpoint, path)
+    evaluate.check_images(model, dataset)
+    evaluate.check_same_images(checkpoint, dataset, path)
     try:
         check_training_state(checkpoint, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -238,12 +247,16 @@ def resume(
     return _fit(model, checkpoint, options, dataset, path.parent, on_epoch)
 
 
-def build(model: VAE | MakeModel, dataset: ImageData, options: Options) -> VAE:
-    """The model, or what makes one, -> the model. Raises UserError where it does not fit the data or the options."""
+def build(model: Model, dataset: ImageData, options: Options) -> VAE:
+    """What train takes for a model -> the model. Raises UserError where it does not fit the data or the options."""
+    if isinstance(model, VAE) and options.init != Options.init:
+        raise UserError("--init is for a new model: the one given has its weights")
     if not isinstance(model, VAE):
         utils.seed_epoch(options.seed, 0)
-        model = model(dataset, options)
-    check_images(model, dataset)
+        model = make_vae(dataset, options, model) if isinstance(model, type) else model(dataset, options)
+        if options.init == "burda2016":
+            initialize(model, dataset.train_images.flatten(1))
+    evaluate.check_images(model, dataset)
     for name, size in sizes_of(model).items():
         if getattr(options, name) not in (size, getattr(Options, name)):
             raise UserError(f"{flag(name)} is {getattr(options, name)}, but the {name} of the model given is {size}")
@@ -251,25 +264,17 @@ def build(model: VAE | MakeModel, dataset: ImageData, options: Options) -> VAE:
 
 
 def make_vae(dataset: ImageData, options: Options, kind: type[VAE] = VAE) -> VAE:
-    """A VAE, or a subclass with its arguments, of the options' sizes and with their initial weights."""
-    model = kind(dataset.input_size, **{name: getattr(options, name) for name in SIZES})
-    if options.init == "burda2016":
-        initialize(model, dataset.train_images.flatten(1))
-    return model
+    """A VAE, or a subclass with its arguments, of the options' sizes."""
+    return kind(dataset.input_size, **{name: getattr(options, name) for name in SIZES})
 
 
 def sizes_of(model: VAE) -> dict[str, Any]:
+    """The sizes in a model's config that are options too."""
     return {name: model.config[name] for name in SIZES if name in model.config}
 
 
-def check_images(model: VAE, dataset: ImageData) -> None:
-    if model.config["input_size"] != dataset.input_size:
-        sizes = f"{model.config['input_size']} values each, not the {dataset.input_size} of {dataset.name}"
-        raise UserError(f"the model is one of other images: {sizes}")
-
-
 def check_machine(options: Options) -> None:
-    """Raises UserError where this machine, or the number of its processes, does not do for the options."""
+    """Raises UserError where the machine lacks the device, or there are more processes than images per step."""
     utils.choose_device(options.device)
     _, ranks = utils.rank_and_ranks()
     if options.batch_size < ranks:
@@ -294,12 +299,15 @@ def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
 
 @torch.no_grad()
 def initialize(model: VAE, images: Tensor) -> None:
-    """Glorot-uniform weights, and for bias the log-odds of the mean of the images (N, D) (Burda et al. 2016)."""
-    for name, weight in model.named_parameters():
-        if name.endswith("weight"):
-            torch.nn.init.xavier_uniform_(weight)
-        else:
-            weight.zero_()
+    """Glorot-uniform weights, and for bias the log-odds of the mean of the images (N, D) (Burda et al. 2016).
+
+    Raises UserError for a decoder that is not of fully connected layers, whose last bias is the image's.
+    """
+    if not isinstance(model.decoder, Decoder):
+        raise UserError(f"--init burda2016 is for fully connected layers, which {type(model).__name__} has not")
+    for layer in (layer for layer in model.modules() if isinstance(layer, nn.Linear)):
+        nn.init.xavier_uniform_(layer.weight)
+        layer.bias.zero_()
     *_, output_layer = model.decoder.children()
     output_layer.bias.copy_(torch.logit(images.double().mean(0) / 255, eps=1e-3))
 
@@ -324,14 +332,14 @@ def _fit(
     dataset: ImageData,
     run: Path,
     on_epoch: OnEpoch | None = None,
-) -> Run:
+) -> Trained:
     """Trains from a checkpoint's state to the options' number of epochs, and saves all after each epoch."""
     history, first = checkpoint["history"], checkpoint["epoch"] + 1
     rank, ranks = utils.rank_and_ranks()
 
     # Set up: the weights that Adam changes, and their running average, which is what is evaluated and kept
     device = utils.choose_device(options.device)
-    train_images = dataset.train_images.flatten(1).to(device)
+    train_images, checksum = dataset.train_images.flatten(1).to(device), dataset.checksum()
     test_set = binarize_test_set(dataset.test_images.to(device), options.binarize)
     average = average.to(device).eval()
     model = copy.deepcopy(average) if options.average else average
@@ -341,7 +349,7 @@ def _fit(
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     elif rank == 0:
         try:
-            save(run, average, model, optimizer, options, history)
+            save(run, average, model, optimizer, options, history, checksum)
         except BaseException:
             run.rmdir()
             raise
@@ -355,7 +363,7 @@ def _fit(
         print(f"{dataset.name}: {num_images:,} training images; {num_weights:,} weights on {where}; writing to {run}")
         if first > options.epochs:
             print(f"trained for {options.epochs} epochs, of which all is written again: a larger --epochs goes on")
-            save(run, average, model, optimizer, options, history)
+            save(run, average, model, optimizer, options, history, checksum)
             draw(run, average, dataset, test_set[0], options, history)
 
     # Train
@@ -373,7 +381,7 @@ def _fit(
                 history.append(dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True)))
                 if rank > 0:
                     continue
-                save(run, average, model, optimizer, options, history)
+                save(run, average, model, optimizer, options, history, checksum)
                 tqdm.write(epoch_line(history[-1], options, average, is_likelihood))
                 if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
                     draw(run, average, dataset, test_set[0], options, history)
@@ -455,11 +463,11 @@ def train_epoch(
     model.train()
     for i, batch in enumerate(batches):
         neg_elbos[i] = step(batch[rank::ranks], rates[i])
+        if i == 0:
+            check_gradients(model)
         if options.average and i % stride == 0:
             update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
         progress.update(len(batch))
-    if idle := [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]:
-        raise UserError(f"no gradient reaches {', '.join(idle)}: leave it out of the model, or freeze it")
     return utils.sum_over_ranks(neg_elbos)
 
 
@@ -471,6 +479,12 @@ def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> tuple[fl
     sums = utils.sum_over_ranks(torch.stack([bce.sum(), kl.sum()]))
     bce, kl = (sums / len(inputs)).tolist()
     return bce + kl, bce, kl
+
+
+def check_gradients(model: VAE) -> None:
+    """Raises UserError where a weight takes no part in the loss: a mistake, and nothing to resume Adam with."""
+    if idle := [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]:
+        raise UserError(f"no gradient reaches {', '.join(idle)}: leave it out of the model, or freeze it")
 
 
 def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: Path) -> None:
@@ -508,8 +522,8 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(weight, (eta + 1) / (count + 1 + eta))
     for mean, buffer in zip(average.buffers(), model.buffers(), strict=True):
-        if buffer.is_floating_point():
-            mean.lerp_(buffer, (eta + 1) / (count + 1 + eta))
+        if buffer.is_floating_point():  # but for what is infinite, such as a mask
+            mean.copy_(torch.where(buffer.isinf(), buffer, mean.lerp(buffer, (eta + 1) / (count + 1 + eta))))
         else:
             mean.copy_(buffer)
 
@@ -518,7 +532,7 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
 # What a run leaves
 
 
-def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: Options, history: list) -> None:
+def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: Options, history: list, checksum: int) -> None:
     """Writes checkpoint.pt, from which everything else in the run folder can be made again, and metrics.csv."""
     optimizer.param_groups[0]["lr"] = options.lr  # the plain number: the next step sets what its schedule says
     checkpoint = {
@@ -528,6 +542,7 @@ def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: Options, 
         "class": utils.class_name(average),
         "training_weights": model.state_dict(),
         "options": options.to_save(),
+        "checksum": checksum,
         "epoch": len(history),
         "history": history,
     }
@@ -567,7 +582,7 @@ def draw_curves(history: list[dict[str, Any]], caption: str, bce: str = "BCE") -
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    figure.suptitle(f"Training curves: {caption}", fontsize=10)
+    figure.suptitle(evaluate.verbatim(f"Training curves: {caption}"), fontsize=10)
     panels = {
         "loss": {"train_loss": "training set, as it was learned", "test_loss": "test set, after the epoch"},
         bce: {"test_bce": "test set"},
@@ -620,24 +635,25 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 
 @utils.command
-def main(make_model: MakeModel | None = None, description: str | None = __doc__, **defaults: Any) -> None:
-    """The command `python train.py`; given what makes another model, that of an experiment, which is evaluated too."""
+def main(model: Model | None = None, description: str | None = __doc__, **defaults: Any) -> None:
+    """The command `python train.py`, and that of an experiment, which gives another model, and evaluates it too."""
+    is_experiment = model is not None
     parser = make_parser(description, defaults)
-    if make_model:
+    if is_experiment:
         evaluate.add_nll_samples(parser)
     given = vars(parser.parse_args())
     nll_samples = given.pop("nll_samples", None)
     with utils.process_group():
         if "resume" in given:
-            model, _, run = resume(given.pop("resume"), make_model, **given)
+            model, _, run = resume(given.pop("resume"), model, **given)
         else:
-            model, _, run = train(model=make_model, **(defaults | given))
-        if utils.rank_and_ranks()[0] > 0:
-            return
-        if make_model:
-            evaluate.evaluate_run(run, model, data_dir=given.get("data_dir", "data"), nll_samples=nll_samples)
-        else:
-            print(f"done: now try python evaluate.py {run}")
+            model, _, run = train(model=model, **(defaults | given))
+        rank, _ = utils.rank_and_ranks()
+    if rank == 0 and is_experiment:
+        places = {"data_dir": given.get("data_dir", Options.data_dir), "device": next(model.parameters()).device.type}
+        evaluate.evaluate_run(run, model, nll_samples=nll_samples, **places)
+    elif rank == 0:
+        print(f"done: now try python evaluate.py {run}")
 
 
 if __name__ == "__main__":

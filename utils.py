@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributions import Distribution
 
 from model import VAE
 
@@ -206,8 +207,12 @@ class CudaGraph:
             return result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.result = self.function(*self.args)
+            Distribution.set_default_validate_args(False)  # which would wait for the GPU
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.result = self.function(*self.args)
+            finally:
+                Distribution.set_default_validate_args(__debug__)
         self.graph.replay()
         return self.result
 
@@ -300,9 +305,9 @@ def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, di
 def load_weights(model: VAE | None, checkpoint: dict[str, Any], path: Path) -> VAE:
     """load_checkpoint of a dict that is already read."""
     name, config, weights = checkpoint.get("class", "VAE"), checkpoint["model"], checkpoint["model_state_dict"]
-    if name != "VAE" and class_name(model) == "VAE":
-        how = f"in Python, utils.load_checkpoint(path, model={name.split('.')[-1]}(...)) loads it"
-        raise UserError(f"{path} is of the class {name}, and needs a model of that class: {how}")
+    if name.split(".")[-1] != class_name(model).split(".")[-1]:
+        how = f"the program that defines it loads it, as does load_checkpoint(path, model={name.split('.')[-1]}(...))"
+        raise UserError(f"{path} is of the class {name}, not {class_name(model)}: {how}")
     try:
         if model is None:
             with torch.device("meta"):  # a model of absurd sizes takes no memory here
@@ -313,8 +318,7 @@ def load_weights(model: VAE | None, checkpoint: dict[str, Any], path: Path) -> V
         check_tensors(weights, model.state_dict())
         model.load_state_dict(weights)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        misfit = "is not a checkpoint of" if name == "VAE" else f"is of the class {name}, and does not fit"
-        raise UserError(f"{path} {misfit} this {class_name(model)}: {one_line(error)}") from error
+        raise UserError(f"{path} is not a checkpoint of this {class_name(model)}: {one_line(error)}") from error
     return model.eval()
 
 
@@ -334,7 +338,8 @@ def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
             raise ValueError(f"its {name} is not a tensor of shape {tuple(expected.shape)}")
         if tensor.dtype != expected.dtype and not (tensor.is_floating_point() and expected.is_floating_point()):
             raise ValueError(f"its {name} is not a tensor of {kind}")
-        if not torch.isfinite(tensor).all():
+        is_mask = not expected.is_meta and torch.equal(tensor, expected)  # such as -inf in a buffer that stays as it is
+        if not (torch.isfinite(tensor).all() or is_mask):
             raise ValueError(f"its {name} is not finite")
 
 

@@ -64,35 +64,41 @@ def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: 
 
     for epoch in range(1, options.epochs + 1):
         with tqdm(total=len(images), unit=" images", leave=False, disable=None) as bar, utils.fast_matmul():
-            loss = train.train_epoch(step, model, average, images, epoch, options, bar).sum().item() / len(images)
-        print(f"epoch {epoch}/{options.epochs}  train {loss:7.2f}", flush=True)
-        history.append({"epoch": epoch, "train_loss": loss})
-        train.save(run, average, model, adam, options, history)
+            neg_elbos = train.train_epoch(step, model, average, images, epoch, options, bar)
+        history.append({"epoch": epoch, "train_loss": neg_elbos.sum().item() / len(images)})
+        train.check_finite(neg_elbos, (history[-1]["train_loss"],), epoch, run)
+        print(f"epoch {epoch}/{options.epochs}  train {history[-1]['train_loss']:7.2f}", flush=True)
+        train.save(run, average, model, adam, options, history, dataset.checksum())
     return average.eval()
+
+
+LEFT_OUT = ("resume", "init", "objective", "importance_samples", "encoder_layers", "decoder_layers", "activation")
 
 
 @utils.command
 def main() -> None:
-    parser = train.make_parser(__doc__, {"epochs": 20}, left_out=("resume", "init", "objective", "importance_samples"))
+    parser = train.make_parser(__doc__, {"epochs": 20}, LEFT_OUT)
     evaluate.add_nll_samples(parser)
     given = vars(parser.parse_args())
     nll_samples = given.pop("nll_samples")
     options = train.Options(**{"epochs": 20} | given)
+    device = utils.choose_device(options.device)
     dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
     utils.seed_epoch(options.seed, 0)
     train.flush_denormals()
     model = ConditionalVAE(len(dataset.classes), dataset.input_size, options.hidden_size, options.latent_size)
     run = utils.new_run_folder(options.out_dir, f"{dataset.name}-conditional", options.latent_size)
-    model = fit(model.to(utils.choose_device(options.device)), dataset, options, run)
+    model = fit(model.to(device), dataset, options, run)
 
-    # Metrics: the mean over all test images of those given each class
-    metrics = dict.fromkeys(("neg_elbo", "bce", "kl", "nll"), 0.0)
-    classes = [torch.tensor([label], device=next(model.parameters()).device) for label in range(model.num_classes)]
-    for label in classes:
-        images = dataset.test_images[dataset.test_labels == label.item()]
-        of_class = evaluate.evaluate(model.given(label), images, options.binarize, nll_samples)
-        metrics = {name: total + of_class[name] * len(images) for name, total in metrics.items()}
-    metrics = {name: total / len(dataset.test_images) for name, total in metrics.items()}
+    # Metrics: of all test images, each given its class
+    classes = [torch.tensor([label], device=device) for label in range(model.num_classes)]
+    metrics = {"num_images": len(dataset.test_images), "nll_samples": nll_samples}
+    for label in dataset.test_labels.unique():
+        images = dataset.test_images[dataset.test_labels == label]
+        given_class = evaluate.evaluate(model.given(classes[label]), images, options.binarize, nll_samples)
+        for name in ("neg_elbo", "bce", "kl", "nll"):
+            if given_class[name] is not None:
+                metrics[name] = metrics.get(name, 0) + given_class[name] * len(images) / len(dataset.test_images)
     print(json.dumps(metrics, indent=2))
     utils.write_atomically(run / "metrics.json", json.dumps(metrics, indent=2).encode())
 
@@ -100,8 +106,8 @@ def main() -> None:
     z = model.sample_prior(10)
     with torch.no_grad():
         images = torch.cat([model.given(label).decode(z) for label in classes])
-    title = evaluate.describe(dataset.name, options.binarize, model, options.epochs)
-    figure = evaluate.draw_tiles(images, len(classes), dataset.shape, f"Draws of each class\n{title}", dataset.classes)
+    title = f"Draws of each class\n{evaluate.describe(dataset.name, options.binarize, model, options.epochs)}"
+    figure = evaluate.draw_tiles(images, len(classes), dataset.shape, title, dataset.classes)
     evaluate.save_figure(figure, run / "samples_by_class.png")
     print(f"wrote {run / 'samples_by_class.png'}")
 

@@ -41,7 +41,7 @@ class ConvDecoder(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z.flatten(0, -2)).view(*z.shape[:-1], -1)
+        return self.layers(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
 
 
 class ConvVAE(VAE):

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import train
-from data import ImageData
 from model import VAE
 
 
@@ -27,6 +26,10 @@ class GrayVAE(VAE):
     """A VAE of pixels x in [0, 1]: given logits l, p(x) = C(l) p^x (1 - p)^(1 - x) with p = sigmoid(l)."""
 
     support = constraints.unit_interval
+
+    def is_likelihood(self, targets: Tensor) -> bool:
+        """Not of black and white pixels only, as --binarize dynamic has them: of those, a Bernoulli's would be."""
+        return super().is_likelihood(targets) and not VAE.support.check(targets).all()
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """log p(x|z): the Bernoulli's formula and log C(l) of each pixel, where C(l) = l / tanh(l / 2) (eq. 8).
@@ -46,9 +49,5 @@ class GrayVAE(VAE):
         return 0.5 + torch.where(is_small, outputs / 12, 0.5 / torch.tanh(0.5 * logits) - 1 / logits)
 
 
-def make_model(dataset: ImageData, options: train.Options) -> VAE:
-    return train.make_vae(dataset, options, GrayVAE)
-
-
 if __name__ == "__main__":
-    train.main(make_model, __doc__, binarize="none")
+    train.main(GrayVAE, __doc__, binarize="none")

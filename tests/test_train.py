@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal
@@ -394,6 +395,57 @@ def test_bad_resume(tmp_path: Path, fails: Callable):
     assert "cannot be resumed" in fails(train.main, "--resume", run, "--epochs", "2")
     (run / "checkpoint.pt").write_bytes(b"damaged")
     assert "damaged" in fails(train.main, "--resume", run, "--epochs", "2")
+
+
+def test_a_finished_run_is_written_again(tmp_path: Path, fails: Callable, capsys: pytest.CaptureFixture):
+    """As one that was stopped between its last checkpoint and what is made from it."""
+    _, _, run = train.train(**SMALL, epochs=2, out_dir=tmp_path)
+    before = (run / "metrics.csv").read_bytes(), saved(run)["training_weights"]
+    (run / "metrics.csv").unlink()
+    _, history, _ = train.resume(run)
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert (run / "metrics.csv").read_bytes() == before[0]
+    assert all(torch.equal(value, before[1][name]) for name, value in saved(run)["training_weights"].items())
+    assert "written again" in capsys.readouterr().out
+    assert "larger --epochs" in fails(train.main, "--resume", run, "--epochs", "1")
+
+
+def test_a_run_saved_before_an_option_existed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    _, _, straight = train.train(**SMALL, epochs=2, out_dir=tmp_path)
+    _, _, run = train.train(**SMALL, epochs=1, out_dir=tmp_path)
+    checkpoint = saved(run)
+    for name in ("objective", "importance_samples", "image_size", "adam_eps", "init"):
+        del checkpoint["options"][name]
+    checkpoint["options"]["weight_decay"] = 0.0
+    for name in ("class", "checksum"):
+        del checkpoint[name]
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
+    train.resume(run, epochs=2)
+    assert same_weights(run, straight)
+    assert "weight_decay" in capsys.readouterr().err
+    assert saved(run)["options"] == saved(straight)["options"]
+
+
+def test_resumes_on_its_own_images_only(tmp_path: Path):
+    data = train.load_dataset()
+    _, _, run = train.train(**SMALL, epochs=1, out_dir=tmp_path)
+    other = data.train_images.clone()
+    other[0, 0, 0] = 1
+    with pytest.raises(UserError, match=f"{run}.*other images"):
+        train.resume(run, dataset=replace(data, train_images=other), epochs=2)
+    train.resume(run, dataset=data, epochs=2)
+
+
+def test_options_take_numpys_numbers_and_paths(tmp_path: Path):
+    options = train.Options(lr=np.logspace(-4, -2, 3)[1], epochs=np.int64(3), beta=np.float32(2), out_dir=tmp_path)
+    assert (options.lr, options.epochs, options.beta, options.out_dir) == (1e-3, 3, 2.0, str(tmp_path))
+    kinds = [type(value) for value in (options.lr, options.epochs, options.beta)]
+    assert kinds == [float, int, float]
+    for bad in ({"epochs": True}, {"epochs": 2.0}, {"lr": "1"}, {"average": 1}, {"device": ["cpu"]}, {"seed": None}):
+        with pytest.raises(UserError, match=f"^{train.flag(next(iter(bad)))} must be"):
+            train.Options(**bad)
+    with pytest.raises(TypeError, match="epoch"):
+        train.Options(epoch=3)
 
 
 def test_unwritable_and_full(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPatch):

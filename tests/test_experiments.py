@@ -1,0 +1,197 @@
+"""Each experiment against closed forms, and as the command that it is."""
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Categorical, ContinuousBernoulli, Independent, MixtureSameFamily, Normal
+
+import data
+import train
+import utils
+from data import ImageData, binarize_test_set
+from experiments import conditional, convolutional, gray, vampprior
+from tests.conftest import thinned
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=16", "--latent-size=2", "--batch-size=100", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def small_data(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = thinned(digits, 10)
+    for module in (train, train.evaluate, data):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: few)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each one changes
+
+
+def test_the_vampprior_is_the_mixture_of_posteriors():
+    torch.manual_seed(0)
+    model = vampprior.VampVAE(30, num_pseudo_inputs=7, hidden_size=16, latent_size=3)
+    model.latent_z.mu.weight.data *= 20
+    logvar, mu = model.components()
+    components = Independent(Normal(mu, torch.exp(0.5 * logvar)), 1)
+    mixture = MixtureSameFamily(Categorical(torch.ones(7)), components)
+    z = 2 * torch.randn(4, 5, 3)
+    torch.testing.assert_close(model.log_prior(z), mixture.log_prob(z), rtol=1e-4, atol=1e-4)
+    with utils.fast_matmul():
+        torch.testing.assert_close(model.log_prior(z), mixture.log_prob(z), rtol=0.02, atol=0.02)
+    draws = model.sample_prior(20_000)
+    torch.testing.assert_close(draws.mean(0), mixture.mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(draws.var(0), mixture.variance, rtol=0.05, atol=0)
+    model.log_prior(z).sum().backward()
+    assert model.pseudo_inputs.grad.abs().sum() > 0
+
+
+def test_pseudo_inputs_start_as_training_images(digits: ImageData):
+    model = vampprior.make_model(digits, train.Options(hidden_size=8))
+    images = {tuple(image) for image in (digits.train_images.flatten(1) / 255).tolist()}
+    assert model.pseudo_inputs.shape == (500, 784)
+    assert all(tuple(image) in images for image in model.pseudo_inputs.tolist())
+
+
+def test_the_continuous_bernoulli_is_that_of_torch_distributions():
+    """In its stable region; and everywhere a density, whose integral and mean are summed up by brute force."""
+    model = gray.GrayVAE(5, 8, 2)
+    logits, x = 6 * torch.rand(40, 5) - 3, torch.rand(40, 5)
+    reference = ContinuousBernoulli(logits=logits.double())
+    torch.testing.assert_close(
+        model.log_likelihood(logits, x), reference.log_prob(x.double()).sum(-1).float(), rtol=1e-4, atol=1e-4
+    )
+    n = 200_000
+    grid = ((torch.arange(n) + 0.5) / n).double()[:, None]
+    one_pixel = gray.GrayVAE(1, 8, 2)
+    for logit in (-300.0, -20.0, -0.051, -0.049, 0.0, 1e-4, 0.049, 0.051, 2.0, 30.0):
+        outputs = torch.tensor([logit], dtype=torch.float64)
+        density = one_pixel.log_likelihood(outputs.expand(n, 1), grid).exp()
+        assert density.mean().item() == pytest.approx(1, abs=1e-4), logit
+        mean = (density * grid.flatten()).mean().item()
+        assert one_pixel.mean(outputs).item() == pytest.approx(mean, abs=1e-4), logit
+
+
+@pytest.mark.parametrize("logit", [-1e4, -0.05, 0.0, 1e-6, 0.05, 1e4])
+def test_the_continuous_bernoullis_gradient_is_finite(logit: float):
+    outputs = torch.full((3, 5), logit, requires_grad=True)
+    model = gray.GrayVAE(5, 8, 2)
+    (model.log_likelihood(outputs, torch.rand(3, 5)).sum() + model.mean(outputs).sum()).backward()
+    assert torch.isfinite(outputs.grad).all()
+    assert torch.isfinite(model.log_likelihood(outputs, torch.rand(3, 5))).all()
+
+
+def test_convolutions_take_z_of_any_shape():
+    model = convolutional.ConvVAE(12, 16, channels=2, hidden_size=8, latent_size=3).eval()
+    x, z = torch.rand(5, 12 * 16).round(), torch.randn(4, 5, 3)
+    assert model(x)[0].shape == (5, 192)
+    outputs = model.outputs(z)
+    assert outputs.shape == (4, 5, 192)
+    torch.testing.assert_close(outputs[2, 3], model.outputs(z[2, 3:4])[0])
+
+
+def test_the_conditional_model_hears_its_labels():
+    model = conditional.ConditionalVAE(10, 784, 16, 3)
+    x, z, labels = torch.rand(6, 784), torch.randn(4, 6, 3), torch.tensor([1, 2, 1, 5, 9, 0])
+    mu, outputs = model.given(labels).encode(x)[2], model.outputs(z)
+    for i, label in enumerate(labels):  # one label for all, or one for each
+        torch.testing.assert_close(model.given(label[None]).encode(x)[2][i], mu[i])
+        torch.testing.assert_close(model.outputs(z)[:, i], outputs[:, i])
+    assert not torch.allclose(model.given(torch.tensor([3])).encode(x)[2][0], mu[0])
+    assert not torch.allclose(model.outputs(z)[:, 0], outputs[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def call(monkeypatch: pytest.MonkeyPatch, name: str, *args: str | Path) -> None:
+    """python experiments/NAME.py, in this process."""
+    path = ROOT / "experiments" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+    runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ["convolutional", "gray", "vampprior"])
+def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    call(monkeypatch, name, *SMALL, "--out-dir", tmp_path, "--nll-samples=3")
+    (run,) = tmp_path.iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["nll_samples"] == 3
+    assert math.isfinite(metrics["nll"])
+    assert metrics["binarize"] == ("none" if name == "gray" else "dynamic")
+    names = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "manifold"}
+    names |= set() if name == "vampprior" else {"latent_usage"}
+    assert {path.stem for path in run.glob("*.png")} == names
+    assert " nll " in capsys.readouterr().out
+    call(monkeypatch, name, "--resume", run, "--epochs=2", "--nll-samples=2")
+    assert utils.read_checkpoint(run)["epoch"] == 2
+    call(monkeypatch, name, "--resume", run, "--nll-samples=4")  # finished: evaluated again
+    assert json.loads((run / "metrics.json").read_text())["nll_samples"] == 4
+    assert "written again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "none"])
+def test_conditional_command(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    call(monkeypatch, "conditional", *SMALL, f"--binarize={mode}", "--out-dir", tmp_path, "--nll-samples=3")
+    (run,) = tmp_path.iterdir()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["neg_elbo"] == pytest.approx(metrics["bce"] + metrics["kl"])
+    assert ("nll" in metrics) == (mode == "dynamic")
+    assert {path.name for path in run.iterdir()} >= {"checkpoint.pt", "metrics.json", "samples_by_class.png"}
+
+
+def test_the_right_labels_say_more_than_wrong_ones(digits: ImageData, tmp_path: Path):
+    torch.manual_seed(0)
+    options = train.Options(epochs=4, batch_size=50, lr=3e-3)
+    model = conditional.fit(conditional.ConditionalVAE(10, 784, 64, 4), thinned(digits, 2), options, tmp_path)
+    inputs, targets = binarize_test_set(digits.test_images, "dynamic")
+    losses = []
+    for labels in (digits.test_labels, (digits.test_labels + 1) % 10):
+        with torch.no_grad():
+            losses.append(sum(model.given(labels).elbo_terms(inputs, targets)).mean().item())
+    assert losses[1] > losses[0] + 20
+
+
+def test_gray_values_have_a_likelihood_and_black_and_white_ones_none(tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "gray", *SMALL, "--binarize=dynamic", "--out-dir", tmp_path, "--nll-samples=1")
+    assert json.loads((tmp_path / "001-mnist-5k-z2" / "metrics.json").read_text())["nll"] is None
+    assert "not likelihoods" in capsys.readouterr().out
+
+
+def test_evaluate_names_the_class_of_an_experiments_run(tmp_path: Path, monkeypatch, fails: Callable):
+    call(monkeypatch, "gray", *SMALL, "--out-dir", tmp_path, "--nll-samples=1")
+    assert "GrayVAE" in fails(train.evaluate.main, tmp_path)
+    assert "GrayVAE" in fails(train.main, "--resume", tmp_path / "001-mnist-5k-z2", "--epochs=2")
+
+
+def test_two_processes(tmp_path: Path):
+    """Training is shared, and one process evaluates when the others are done."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    args = [
+        ROOT / "experiments" / "vampprior.py",
+        *SMALL,
+        "--batch-size=1000",
+        "--out-dir",
+        tmp_path,
+        "--nll-samples=1",
+    ]
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("active_units") == 1
+    assert (tmp_path / "001-mnist-5k-z2" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("name", "option"), [("conditional", "--resume=x"), ("vampprior", "--epochs=0")])
+def test_bad_options(name: str, option: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, name, *SMALL, option, "--out-dir", tmp_path / "runs")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
