@@ -305,8 +305,10 @@ def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, di
 def load_weights(model: VAE | None, checkpoint: dict[str, Any], path: Path) -> VAE:
     """load_checkpoint of a dict that is already read."""
     name, config, weights = checkpoint.get("class", "VAE"), checkpoint["model"], checkpoint["model_state_dict"]
-    if name.split(".")[-1] != class_name(model).split(".")[-1]:
-        how = f"the program that defines it loads it, as does load_checkpoint(path, model={name.split('.')[-1]}(...))"
+    *module, kind = name.split(".")
+    *own_module, own_kind = class_name(model).split(".")
+    if kind != own_kind or bool(module) != bool(own_module):  # the module's name depends on how it is run
+        how = f"the program that defines it loads it, as does load_checkpoint(path, model={kind}(...))"
         raise UserError(f"{path} is of the class {name}, not {class_name(model)}: {how}")
     try:
         if model is None:

@@ -142,6 +142,19 @@ def test_loads_into_the_model_given_and_names_its_class_else(kind: type[VAE], sm
     utils.save_checkpoint(run / "checkpoint.pt", checkpoint | {"class": "sub.Class"})
     with pytest.raises(UserError, match=r"sub\.Class"):
         utils.load_checkpoint(run)
+    elsewhere = f"__main__.{kind.__name__}"
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint | {"class": elsewhere})
+    utils.load_checkpoint(run, kind())
+
+
+def test_another_class_called_vae_is_not_taken_for_it(small: ImageData, tmp_path: Path):
+    other = type("VAE", (OtherPrior,), {})()
+    (tmp_path / "a").mkdir()
+    checkpoint = {"model": other.config, "model_state_dict": other.state_dict(), "class": utils.class_name(other)}
+    utils.save_checkpoint(tmp_path / "a" / "checkpoint.pt", checkpoint)
+    utils.load_checkpoint(tmp_path / "a", other)
+    with pytest.raises(UserError, match="class"):
+        utils.load_checkpoint(tmp_path / "a")
 
 
 def integral(model: VAE, targets: Tensor) -> Tensor:
