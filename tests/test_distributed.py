@@ -73,7 +73,8 @@ assert not [name for name in threads if "gloo" in name], "such threads abort a p
         assert torch.linalg.norm(gradients[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
 
 
-def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path):
+def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     done = torchrun(2, ROOT / "train.py", *ARGS, "--epochs=2", f"--out-dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == done.stdout.count("done: now try") == 1
@@ -93,7 +94,7 @@ def test_three_ranks_use_every_image_once(tmp_path: Path, monkeypatch: pytest.Mo
     """4,500 images in batches of 128 leave 20 for the last, and batches of 2,249 leave 2: fewer than ranks."""
     (tmp_path / "script.py").write_text(
         HEADER
-        + """
+        + f"""
 make_step, seen = train.make_step, []
 def recording(*args):
     step = make_step(*args)
@@ -102,16 +103,18 @@ def recording(*args):
         return step(batch, rates)
     return recorded
 train.make_step = recording
-train.main()
-torch.save(seen, f"seen-{os.environ['RANK']}.pt")
+with utils.process_group():
+    for batch_size in (128, 2249):
+        seen.clear()
+        train.train(**{OPTIONS!r}, batch_size=batch_size, epochs=1, out_dir="runs")
+        torch.save(seen, f"seen-{{os.environ['RANK']}}-{{batch_size}}.pt")
 """
     )
     monkeypatch.chdir(tmp_path)
+    done = torchrun(3, tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
     for batch_size in (128, 2249):
-        args = (*ARGS, "--epochs=1", f"--batch-size={batch_size}", f"--out-dir={tmp_path / 'runs'}")
-        done = torchrun(3, tmp_path / "script.py", *args)
-        assert done.returncode == 0, done.stderr
-        seen = [torch.load(f"seen-{rank}.pt") for rank in range(3)]
+        seen = [torch.load(f"seen-{rank}-{batch_size}.pt") for rank in range(3)]
         assert sorted(i for of_rank in seen for i in of_rank) == list(range(4500))
 
 

@@ -93,10 +93,10 @@ def test_killed_at_random_moments(number: signal.Signals, codes: set[int], tmp_p
     data, moments = thinned(digits, 10), random.Random(0)
     out_dir, epoch, kills = tmp_path / "killed", 0, 0
     out_dir.mkdir()
-    while kills < 12:
+    while kills < 8:
         process = processes.Process(target=train_or_resume, args=(out_dir, data, 10**6))
         process.start()
-        if kills >= 4:  # the first are killed as they start, those after them as they train and save
+        if kills >= 3:  # the first are killed as they start, those after them as they train and save
             wait_for_an_epoch(out_dir)
         time.sleep(moments.uniform(0, 0.6))
         os.kill(process.pid, number)
@@ -108,7 +108,7 @@ def test_killed_at_random_moments(number: signal.Signals, codes: set[int], tmp_p
             reached = utils.load_checkpoint(run)[1]["epoch"]
             assert reached >= epoch
             epoch = reached
-    assert epoch >= 8
+    assert epoch >= 5
     train.resume(run, epochs=epoch + 2)
     assert epochs_in_csv(run) == list(range(1, epoch + 3))
     assert not list(run.glob(".*.part"))
