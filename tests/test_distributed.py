@@ -25,9 +25,17 @@ import train, utils
 from model import VAE
 from tests.test_distributed import first_gradients
 train.draw = lambda *args: None
+train.load_dataset = lambda *args: torch.load("digits.pt", weights_only=False)
 """
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without distributed")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled digits in a file, from which processes read them sooner."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(digits, "digits.pt")
 
 
 def torchrun(ranks: int, script: Path, *args: str) -> subprocess.CompletedProcess:
@@ -60,7 +68,6 @@ threads = [file.read_text().strip() for file in pathlib.Path("/proc/self/task").
 assert not [name for name in threads if "gloo" in name], "such threads abort a process that exits"
 """
     )
-    monkeypatch.chdir(tmp_path)
     torch.save(digits.test_images, "images.pt")
     done = torchrun(2, tmp_path / "script.py")
     assert done.returncode == 0, done.stderr
@@ -75,22 +82,24 @@ assert not [name for name in threads if "gloo" in name], "such threads abort a p
 
 def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
-    done = torchrun(2, ROOT / "train.py", *ARGS, "--epochs=2", f"--out-dir={tmp_path}")
+    out_dir = tmp_path / "runs"
+    (tmp_path / "script.py").write_text(HEADER + "train.main()")
+    done = torchrun(2, tmp_path / "script.py", *ARGS, "--epochs=2", f"--out-dir={out_dir}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == done.stdout.count("done: now try") == 1
-    run = tmp_path / "001-mnist-5k-z4"
-    assert len(list(tmp_path.iterdir())) == 1
-    _, history, _ = train.train(**OPTIONS, epochs=3, out_dir=str(tmp_path))
+    run = out_dir / "001-mnist-5k-z4"
+    assert len(list(out_dir.iterdir())) == 1
+    _, history, _ = train.train(**OPTIONS, epochs=3, out_dir=out_dir)
     _, resumed, _ = train.resume(run, epochs=3)
     for name in ("train_loss", "test_loss"):
         assert [row[name] for row in resumed] == pytest.approx([row[name] for row in history], rel=0.02)
 
-    done = torchrun(2, ROOT / "train.py", f"--resume={run}", "--epochs=4")
+    done = torchrun(2, tmp_path / "script.py", f"--resume={run}", "--epochs=4")
     assert done.returncode == 0, done.stderr
     assert utils.load_checkpoint(run)[1]["epoch"] == 4
 
 
-def test_three_ranks_use_every_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_three_ranks_use_every_image_once(tmp_path: Path):
     """4,500 images in batches of 128 leave 20 for the last, and batches of 2,249 leave 2: fewer than ranks."""
     (tmp_path / "script.py").write_text(
         HEADER
@@ -110,7 +119,6 @@ with utils.process_group():
         torch.save(seen, f"seen-{{os.environ['RANK']}}-{{batch_size}}.pt")
 """
     )
-    monkeypatch.chdir(tmp_path)
     done = torchrun(3, tmp_path / "script.py")
     assert done.returncode == 0, done.stderr
     for batch_size in (128, 2249):

@@ -256,33 +256,37 @@ def test_pictures_of_every_kind(kind: type[VAE], small: ImageData, tmp_path: Pat
     assert " nll " in printed
 
 
-def test_two_processes(kind: type[VAE], small: ImageData, tmp_path: Path):
-    """They follow one process, and a single process goes on from them."""
+def test_two_processes(small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They follow one process, end with the same weights and buffers, and a single process goes on from them."""
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     torch.save(small, tmp_path / "small.pt")
     (tmp_path / "script.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
 import torch, train, utils
 from tests import test_subclasses as tests
 train.draw = lambda *args: None
+small = torch.load("small.pt", weights_only=False)
 with utils.process_group():
-    small = torch.load({str(tmp_path / "small.pt")!r}, weights_only=False)
-    model, run = tests.trained(tests.{kind.__name__}, small, {str(tmp_path / "two")!r}, 2)
-    torch.save(model.state_dict(), {str(tmp_path)!r} + f"/rank{{utils.rank_and_ranks()[0]}}.pt")
+    for kind in tests.SUBCLASSES:
+        model, run = tests.trained(kind, small, Path(kind.__name__), 2)
+        torch.save(model.state_dict(), f"{{kind.__name__}}-{{utils.rank_and_ranks()[0]}}.pt")
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "script.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=100, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    a, b = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    (two,) = (tmp_path / "two").iterdir()
-    _, one = trained(kind, small, tmp_path / "one", 2)
-    _, history, _ = train.resume(two, kind(), small, epochs=3)
-    losses = [row["test_loss"] for row in history]
-    expected = [row["test_loss"] for row in torch.load(one / "checkpoint.pt", weights_only=True)["history"]]
-    assert losses[0] == pytest.approx(expected[0], rel=0.15)  # with other noise
-    assert len(losses) == 3
+    for kind in SUBCLASSES:
+        a, b = (torch.load(tmp_path / f"{kind.__name__}-{rank}.pt", weights_only=True) for rank in range(2))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        (two,) = (tmp_path / kind.__name__).iterdir()
+        _, one = trained(kind, small, tmp_path / "one" / kind.__name__, 2)
+        _, history, _ = train.resume(two, kind(), small, epochs=3)
+        losses = [row["test_loss"] for row in history]
+        expected = [row["test_loss"] for row in torch.load(one / "checkpoint.pt", weights_only=True)["history"]]
+        assert losses[0] == pytest.approx(expected[0], rel=0.15)  # with other noise
+        assert len(losses) == 3
 
 
 def test_manifold_of_another_prior_is_its_quantiles(small: ImageData):
