@@ -148,7 +148,7 @@ def test_loads_into_the_model_given_and_names_its_class_else(kind: type[VAE], sm
 
 
 def test_another_class_called_vae_is_not_taken_for_it(small: ImageData, tmp_path: Path):
-    other = type("VAE", (OtherPrior,), {})()
+    other = type("VAE", (VAE,), {})(SIZE, 16, 2)
     (tmp_path / "a").mkdir()
     checkpoint = {"model": other.config, "model_state_dict": other.state_dict(), "class": utils.class_name(other)}
     utils.save_checkpoint(tmp_path / "a" / "checkpoint.pt", checkpoint)
