@@ -290,22 +290,20 @@ def _read_npz(path: Path, name: str) -> tuple[list[str], list[str], Tensor, Tens
 # Binarization
 
 
-def binarize(images: Tensor, mode: str, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def binarize(
+    images: Tensor, mode: str, generator: torch.Generator | None = None, bits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """uint8 images -> float input and target in [0, 1], of the same shape.
 
-    dynamic: both are one Bernoulli sample whose probabilities are the gray values, as in Burda et al. 2016.
-    threshold: gray input, target gray > 0.5. none: both gray, for which a Bernoulli likelihood is none. Raises
-    UserError for images of another type, whose range is not known, and ValueError for another mode.
+    dynamic: both are one Bernoulli sample whose probabilities are the gray values, as in Burda et al. 2016, drawn by
+    the generator, or from the bits of draw_bits. threshold: gray input, target gray > 0.5. none: both gray, for which a
+    Bernoulli likelihood is none. Raises UserError for images of another type, whose range is not known, and ValueError
+    for another mode.
     """
     if images.dtype != torch.uint8:
         raise UserError(f"images must be bytes from 0 to 255 (torch.uint8), not {images.dtype}")
     if mode == "dynamic":
-        if images.is_cpu:  # whose generator is slow: one call of it makes 64 bits, 16 each for four pixels
-            calls = torch.empty(-(-images.numel() // 4), dtype=torch.int64)
-            bits = calls.random_(-(2**63), None, generator=generator).view(torch.int16)[: images.numel()]
-            uniform = bits.view(images.shape) + 2.0**15
-        else:
-            uniform = torch.randint(2**16, images.shape, generator=generator, device=images.device)
+        uniform = (draw_bits(images.shape, images.device, generator) if bits is None else bits) + 2.0**15
         sample = torch.empty(images.shape, device=images.device)
         torch.lt(uniform, images * (2**16 / 255), out=sample)  # black and white stay what they are
         return sample, sample
@@ -315,6 +313,15 @@ def binarize(images: Tensor, mode: str, generator: torch.Generator | None = None
     if mode == "none":
         return gray, gray
     raise ValueError(f"mode must be one of {', '.join(BINARIZE)}, not {mode!r}")
+
+
+def draw_bits(shape: torch.Size, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """16 random bits per pixel, as whole numbers from -2^15 up: int16 of that shape."""
+    if device.type != "cpu":
+        return torch.randint(-(2**15), 2**15, shape, generator=generator, device=device, dtype=torch.int16)
+    # The CPU's generator is slow: one call of it makes 64 bits, 16 each for four pixels
+    calls = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return calls.view(torch.int16)[: shape.numel()].view(shape)
 
 
 def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:

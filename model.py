@@ -57,8 +57,8 @@ class LatentZ(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, hidden_size) -> z, logvar, mu, each (B, latent_size)."""
-        mu = self.mu(hidden)
-        logvar = self.logvar(hidden)
+        mu = _at_least_float32(self.mu(hidden))
+        logvar = _at_least_float32(self.logvar(hidden))
         std = torch.exp(0.5 * logvar)
         eps = torch.randn_like(std)
         z = std * eps + mu

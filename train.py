@@ -12,10 +12,12 @@ reconstructions and samples. python evaluate.py then measures and shows what the
 import argparse
 import copy
 import csv
+import functools
 import io
 import math
 import numbers
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -26,12 +28,13 @@ from typing import TYPE_CHECKING, Any, get_args
 try:
     import torch
     from torch import Tensor, nn
+    from torch.func import functional_call, grad_and_value
     from torch.nn.parallel import DistributedDataParallel
     from tqdm import tqdm
 
     import evaluate
     import utils
-    from data import BINARIZE, DATASETS, ImageData, binarize, binarize_test_set, load_dataset
+    from data import BINARIZE, DATASETS, ImageData, binarize, binarize_test_set, draw_bits, load_dataset
     from model import ACTIVATIONS, VAE, Decoder, nll_from_log_weights
     from utils import UserError
 except ModuleNotFoundError as error:
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_bce", "test_kl", "images_per_second", "seconds")  # of metrics.csv
+STEPS_WORTH_COMPILING = 8000  # save about the time that compiling takes
 AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheaper at 469 steps per epoch
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +73,7 @@ def option(default: Any, help: str, requirement: Requirement) -> Any:
     return field(default=default, metadata={"help": help, "requirement": requirement, "choices": None})
 
 
-def choice(default: str, help: str, choices: tuple[str, ...]) -> Any:
+def choice(default: str | None, help: str, choices: tuple[str, ...]) -> Any:
     """A field of Options with one of a few values."""
     requirement = (f"one of {', '.join(choices)}", lambda value: value in choices)
     return field(default=default, metadata={"help": help, "requirement": requirement, "choices": choices})
@@ -117,6 +121,14 @@ class Options:
     importance_samples: int = option(1, "draws of z per image for --objective iwae (1: the ELBO)", COUNT)
     adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", NOT_NEGATIVE)
     average: bool = option(True, "evaluate and keep a running average of the weights", SWITCH)
+    compile: bool | None = option(
+        None, "compile the whole step (default: in runs of 8,000 steps or more on a CPU with a C++ compiler)", SWITCH
+    )
+    precision: str | None = choice(
+        None,
+        "of matrix products: float32's highest or medium, in PyTorch's words, or bfloat16 (default: the fastest here)",
+        utils.PRECISIONS,
+    )
     device: str = choice("auto", "auto is the first of cuda, mps and cpu that is there", utils.DEVICES)
     seed: int = option(0, "of all that is random", ("a whole number from 0 to 2^40", lambda seed: 0 <= seed <= 2**40))
     out_dir: str = option("runs", "where run folders are made", TEXT)
@@ -193,6 +205,7 @@ def train(
     epochs = options.epochs or (150 if dataset.name == "mnist-5k" else 20)
     model = build(model or VAE, dataset, options)
     options = replace(options, dataset=name, epochs=epochs, **sizes_of(model))
+    options = choose_how(options, len(dataset.train_images))
     checkpoint = {"epoch": 0, "history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
     return _fit(model, checkpoint, options, dataset, run, on_epoch)
@@ -227,6 +240,7 @@ def resume(
         raise UserError(damaged) from error
     options = replace(options, **{name: value for name, value in changes.items() if value is not None})
     check_machine(options)
+    options = keep_how(options)
     flush_denormals()
     if options.epochs < checkpoint.get("epoch", 0):
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
@@ -279,6 +293,29 @@ def check_machine(options: Options) -> None:
     _, ranks = utils.rank_and_ranks()
     if options.batch_size < ranks:
         raise UserError(f"--batch-size must be {ranks} or more, for as many processes, not {options.batch_size}")
+
+
+def choose_how(options: Options, num_images: int) -> Options:
+    """The options with compile and precision, where they are not given, set for this machine and these sizes."""
+    device, (_, ranks) = utils.choose_device(options.device), utils.rank_and_ranks()
+    compile, precision = options.compile, options.precision
+    if compile is None:
+        has_compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")))
+        steps = options.epochs * math.ceil(num_images / options.batch_size)
+        compile = device.type == "cpu" and ranks == 1 and has_compiler and steps >= STEPS_WORTH_COMPILING
+    return replace(options, compile=compile, precision=precision or utils.choose_precision(device, options.batch_size))
+
+
+def keep_how(options: Options) -> Options:
+    """choose_how for a run that is resumed: as before, save that a CPU without units for bfloat16 does without."""
+    precision = options.precision or "medium"  # as it was before there was a choice
+    if precision == "bfloat16" and utils.choose_device(options.device).type == "cpu" and not utils.bfloat16_units():
+        precision = "medium"
+        print(
+            "warning: this CPU has no units for the bfloat16 that the run was trained in: --precision medium",
+            file=sys.stderr,
+        )
+    return replace(options, compile=bool(options.compile), precision=precision)
 
 
 def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
@@ -354,7 +391,8 @@ def _fit(
             run.rmdir()
             raise
     optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
-    step = make_step(model, optimizer, train_images, options)
+    step, is_compiled = make_step(model, optimizer, train_images, options)
+    options = replace(options, compile=is_compiled)
     is_likelihood = average.is_likelihood(test_set[1])
     num_weights = sum(weight.numel() for weight in model.parameters())
     num_images = len(train_images)
@@ -370,7 +408,7 @@ def _fit(
     total, done = options.epochs * num_images, (first - 1) * num_images
     try:
         bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
-        with utils.fast_matmul(), bar as progress:
+        with utils.matmul_precision("medium", device), bar as progress:
             for epoch in range(first, options.epochs + 1):
                 started = time.perf_counter()
                 neg_elbos = train_epoch(step, model, average, train_images, epoch, options, progress).cpu()
@@ -412,22 +450,29 @@ class Objective(nn.Module):
         return bce + kl_weight * kl, bce + kl
 
 
-def make_step(
-    model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: Options
-) -> Callable[[Tensor, Tensor], Tensor]:
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: Options) -> tuple[Step, bool]:
     """-> step(batch, rates), which takes one step of Adam on the images (N, D) uint8 at the indices batch (B,).
 
     rates (2,) holds the learning rate and the weight of the KL. The step returns the negative ELBO that it found, in
     nats for the whole batch. Nothing in it makes the CPU wait for a GPU. With several processes, batch is the share
-    of this one, and the gradients are those of all shares together.
+    of this one, and the gradients are those of all shares together. Returned beside it: is it compiled? Raises
+    UserError for a model of which a weight takes no part in the loss.
     """
     _, ranks = utils.rank_and_ranks()
     objective = Objective(model, options)
+    with utils.matmul_precision(options.precision, images.device):
+        check_gradients(objective, images[: options.batch_size // ranks], options)
+        compiled = compile_step(objective, optimizer, images, options) if options.compile else None
     if ranks > 1:
         objective = DistributedDataParallel(objective)
     scale = torch.tensor(float(ranks), device=images.device)  # undoes DDP's mean over ranks: the loss is a sum
 
     def step(batch: Tensor, rates: Tensor) -> Tensor:
+        if compiled and len(batch) == min(options.batch_size, len(images)):
+            return compiled(batch, rates)
         lr, kl_weight = rates.unbind()
         inputs, targets = binarize(images.index_select(0, batch), options.binarize)
         loss, neg_elbo = objective(inputs, targets, kl_weight)
@@ -437,7 +482,81 @@ def make_step(
         optimizer.step()
         return neg_elbo.detach()
 
-    return utils.CudaGraph(step) if images.is_cuda and ranks == 1 else step
+    return utils.CudaGraph(step) if images.is_cuda and ranks == 1 else step, compiled is not None
+
+
+def compile_step(
+    objective: Objective, optimizer: torch.optim.Optimizer, images: Tensor, options: Options
+) -> Step | None:
+    """A step for full batches, from the binarization to Adam, as one function that torch.compile makes one program of.
+
+    It changes the same weights and the same state of Adam in place as the step of single operations, and draws the same
+    random numbers. None, after a line that says why, where it can't be compiled.
+    """
+    if utils.rank_and_ranks()[1] > 1:
+        print("note: with several processes the step is not compiled", file=sys.stderr)
+        return None
+    weights = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
+    buffers = dict(objective.named_buffers())
+    for weight in weights.values():
+        zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        optimizer.state[weight] = optimizer.state[weight] or zeros | {"step": torch.zeros((), device=weight.device)}
+    adam = [optimizer.state[weight] for weight in weights.values()]
+    (group,) = optimizer.param_groups
+    betas = torch.tensor(group["betas"], device=images.device, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], *args: Tensor) -> tuple[Tensor, Tensor]:
+        return functional_call(objective, weights | buffers, args)
+
+    @functools.partial(torch.compile, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    def compiled(weights, buffers, adam, images, bits, rates, corrections):  # type: ignore[no-untyped-def]
+        lr, kl_weight = rates.unbind()
+        inputs, targets = binarize(images, options.binarize, bits=bits)
+        gradients, (_, neg_elbo) = grad_and_value(loss, has_aux=True)(weights, buffers, inputs, targets, kl_weight)
+        for name, state in zip(weights, adam, strict=True):
+            adam_step(weights[name], gradients[name], state, lr, corrections, group["betas"], group["eps"])
+        return neg_elbo
+
+    def step(batch: Tensor, rates: Tensor, copy: Callable[[Any], Any] = lambda state: state) -> Tensor:
+        chosen = images.index_select(0, batch)
+        bits = draw_bits(chosen.shape, chosen.device) if options.binarize == "dynamic" else None
+        corrections = (1 - betas ** (adam[0]["step"] + 1)).float()
+        with torch.no_grad():
+            return compiled(copy(detached), copy(buffers), copy(adam), chosen, bits, rates, corrections)
+
+    detached = {name: weight.detach() for name, weight in weights.items()}  # the same memory
+    print("compiling the training step, which takes up to half a minute (--no-compile leaves it out)", flush=True)
+    try:
+        step(
+            torch.arange(min(options.batch_size, len(images)), device=images.device),
+            torch.ones(2, device=images.device),
+            copy.deepcopy,
+        )
+    except Exception as error:  # of many kinds, from PyTorch and from the compiler
+        reason = f"{type(error).__name__}: {utils.one_line(error)[:200]}"
+        print(f"warning: the step can't be compiled and is not, which is only slower ({reason})", file=sys.stderr)
+        return None
+    return step
+
+
+def adam_step(
+    weight: Tensor,
+    gradient: Tensor,
+    state: dict[str, Tensor],
+    lr: Tensor,
+    corrections: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1), in place, with the state of torch.optim.Adam.
+
+    corrections (2,) are 1 - beta^t at this step, t, which the moments are divided by.
+    """
+    for moment, value, beta in zip(("exp_avg", "exp_avg_sq"), (gradient, gradient**2), betas, strict=True):
+        state[moment].lerp_(value, 1 - beta)
+    first, second = corrections.unbind()
+    weight.sub_(lr / first * state["exp_avg"] / ((state["exp_avg_sq"] / second).sqrt() + eps))
+    state["step"].add_(1)
 
 
 def train_epoch(
@@ -462,9 +581,8 @@ def train_epoch(
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     model.train()
     for i, batch in enumerate(batches):
-        neg_elbos[i] = step(batch[rank::ranks], rates[i])
-        if i == 0:
-            check_gradients(model)
+        with utils.matmul_precision(options.precision, images.device):
+            neg_elbos[i] = step(batch[rank::ranks], rates[i])
         if options.average and i % stride == 0:
             update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
         progress.update(len(batch))
@@ -481,9 +599,13 @@ def compute_test_losses(model: VAE, inputs: Tensor, targets: Tensor) -> tuple[fl
     return bce + kl, bce, kl
 
 
-def check_gradients(model: VAE) -> None:
+def check_gradients(objective: Objective, images: Tensor, options: Options) -> None:
     """Raises UserError where a weight takes no part in the loss: a mistake, and nothing to resume Adam with."""
-    if idle := [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]:
+    objective = copy.deepcopy(objective)  # whose buffers stay as they are
+    loss, _ = objective(*binarize(images, options.binarize), torch.ones((), device=images.device))
+    loss.backward()
+    weights = objective.model.named_parameters()
+    if idle := [name for name, weight in weights if weight.requires_grad and weight.grad is None]:
         raise UserError(f"no gradient reaches {', '.join(idle)}: leave it out of the model, or freeze it")
 
 

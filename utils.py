@@ -24,6 +24,7 @@ from torch.distributions import Distribution
 from model import VAE
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("highest", "medium", "bfloat16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,14 +171,39 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def fast_matmul() -> Iterator[None]:
-    """Rounds the factors of float32 matrix products, to bfloat16 or TF32, on a CPU or GPU that has units for those."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+def matmul_precision(name: str, device: str | torch.device) -> Iterator[None]:
+    """Of matrix products: highest or medium, as torch.set_float32_matmul_precision calls them, or bfloat16 (autocast).
+
+    medium rounds the factors of float32 products to bfloat16 or TF32, on a CPU or GPU that has units for those.
+    """
+    before, autocast = torch.get_float32_matmul_precision(), contextlib.nullcontext()
+    if name == "bfloat16":
+        name, autocast = "highest", torch.autocast(torch.device(device).type, torch.bfloat16)
+    torch.set_float32_matmul_precision(name)
     try:
-        yield
+        with autocast:
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(before)
+
+
+def choose_precision(device: torch.device, batch_size: int) -> str:
+    """The fastest precision of matrix products for batches of that size: bfloat16, medium or highest.
+
+    Below 128 images, casts to bfloat16 cost more than they save, and without AMX so does rounding inside the products.
+    """
+    units = bfloat16_units()
+    if device.type != "cpu" or not units:
+        return "medium"
+    if batch_size >= 128:
+        return "bfloat16"
+    return "medium" if "amx_bf16" in units else "highest"
+
+
+def bfloat16_units() -> set[str]:
+    """Which units for products of bfloat16 the CPU has, if any. Without them, such products take many times longer."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # new in PyTorch 2.1x
+    return {name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)}
 
 
 class CudaGraph:
