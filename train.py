@@ -580,12 +580,12 @@ def train_epoch(
     neg_elbos = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     model.train()
-    for i, batch in enumerate(batches):
-        with utils.matmul_precision(options.precision, images.device):
+    with utils.matmul_precision(options.precision, images.device):
+        for i, batch in enumerate(batches):
             neg_elbos[i] = step(batch[rank::ranks], rates[i])
-        if options.average and i % stride == 0:
-            update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
-        progress.update(len(batch))
+            if options.average and i % stride == 0:
+                update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
+            progress.update(len(batch))
     return utils.sum_over_ranks(neg_elbos)
 
 
