@@ -391,8 +391,12 @@ def _fit(
             run.rmdir()
             raise
     optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
-    step, is_compiled = make_step(model, optimizer, train_images, options)
-    options = replace(options, compile=is_compiled)
+    objective = Objective(model, options)
+    with utils.matmul_precision(options.precision, device):
+        check_gradients(objective, train_images[: options.batch_size // ranks], options)
+        compiled = compile_step(objective, optimizer, train_images, options) if options.compile else None
+    options = replace(options, compile=compiled is not None)
+    step = make_step(model, optimizer, train_images, options, compiled)
     is_likelihood = average.is_likelihood(test_set[1])
     num_weights = sum(weight.numel() for weight in model.parameters())
     num_images = len(train_images)
@@ -453,19 +457,17 @@ class Objective(nn.Module):
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def make_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: Options) -> tuple[Step, bool]:
+def make_step(
+    model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: Options, compiled: Step | None = None
+) -> Step:
     """-> step(batch, rates), which takes one step of Adam on the images (N, D) uint8 at the indices batch (B,).
 
     rates (2,) holds the learning rate and the weight of the KL. The step returns the negative ELBO that it found, in
     nats for the whole batch. Nothing in it makes the CPU wait for a GPU. With several processes, batch is the share
-    of this one, and the gradients are those of all shares together. Returned beside it: is it compiled? Raises
-    UserError for a model of which a weight takes no part in the loss.
+    of this one, and the gradients are those of all shares together. Full batches go to compiled, if there is one.
     """
     _, ranks = utils.rank_and_ranks()
     objective = Objective(model, options)
-    with utils.matmul_precision(options.precision, images.device):
-        check_gradients(objective, images[: options.batch_size // ranks], options)
-        compiled = compile_step(objective, optimizer, images, options) if options.compile else None
     if ranks > 1:
         objective = DistributedDataParallel(objective)
     scale = torch.tensor(float(ranks), device=images.device)  # undoes DDP's mean over ranks: the loss is a sum
@@ -482,7 +484,7 @@ def make_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, opti
         optimizer.step()
         return neg_elbo.detach()
 
-    return utils.CudaGraph(step) if images.is_cuda and ranks == 1 else step, compiled is not None
+    return utils.CudaGraph(step) if images.is_cuda and ranks == 1 else step
 
 
 def compile_step(

@@ -171,15 +171,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def matmul_precision(name: str, device: str | torch.device) -> Iterator[None]:
+def matmul_precision(name: str | None, device: str | torch.device) -> Iterator[None]:
     """Of matrix products: highest or medium, as torch.set_float32_matmul_precision calls them, or bfloat16 (autocast).
 
-    medium rounds the factors of float32 products to bfloat16 or TF32, on a CPU or GPU that has units for those.
+    None leaves it as it is, and medium rounds the factors of float32 products to bfloat16 or TF32, on a CPU or GPU that
+    has units for those.
     """
     before, autocast = torch.get_float32_matmul_precision(), contextlib.nullcontext()
     if name == "bfloat16":
         name, autocast = "highest", torch.autocast(torch.device(device).type, torch.bfloat16)
-    torch.set_float32_matmul_precision(name)
+    torch.set_float32_matmul_precision(name or before)
     try:
         with autocast:
             yield

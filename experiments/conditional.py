@@ -63,7 +63,7 @@ def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: 
         return (bce + kl).sum().detach()
 
     for epoch in range(1, options.epochs + 1):
-        with tqdm(total=len(images), unit=" images", leave=False, disable=None) as bar, utils.fast_matmul():
+        with tqdm(total=len(images), unit=" images", leave=False, disable=None) as bar:
             neg_elbos = train.train_epoch(step, model, average, images, epoch, options, bar)
         history.append({"epoch": epoch, "train_loss": neg_elbos.sum().item() / len(images)})
         train.check_finite(neg_elbos, (history[-1]["train_loss"],), epoch, run)
@@ -72,7 +72,16 @@ def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: 
     return average.eval()
 
 
-LEFT_OUT = ("resume", "init", "objective", "importance_samples", "encoder_layers", "decoder_layers", "activation")
+LEFT_OUT = (
+    "resume",
+    "compile",
+    "init",
+    "objective",
+    "importance_samples",
+    "encoder_layers",
+    "decoder_layers",
+    "activation",
+)
 
 
 @utils.command
@@ -84,6 +93,7 @@ def main() -> None:
     options = train.Options(**{"epochs": 20} | given)
     device = utils.choose_device(options.device)
     dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
+    options = train.choose_how(options, len(dataset.train_images))
     utils.seed_epoch(options.seed, 0)
     train.flush_denormals()
     model = ConditionalVAE(len(dataset.classes), dataset.input_size, options.hidden_size, options.latent_size)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from data import ImageData, load_dataset
+
+SIZE = 49  # 7 x 7 images, of which integrals over the latents are quick
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +26,17 @@ def thinned(dataset: ImageData, step: int) -> ImageData:
     """Every step-th image of a data set."""
     names = ("train_images", "train_labels", "test_images", "test_labels")
     return replace(dataset, **{name: getattr(dataset, name)[::step] for name in names})
+
+
+@pytest.fixture(scope="session")
+def small() -> ImageData:
+    """Every fifth of the bundled digits, as 7 x 7 images."""
+
+    def shrink(images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images.float(), 4).to(torch.uint8)
+
+    few = thinned(load_dataset("mnist-5k"), 5)
+    return replace(few, train_images=shrink(few.train_images), test_images=shrink(few.test_images))
 
 
 @pytest.fixture

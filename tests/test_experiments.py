@@ -46,7 +46,7 @@ def test_the_vampprior_is_the_mixture_of_posteriors():
     torch.testing.assert_close(model.log_prior(z), mixture.log_prob(z), rtol=1e-4, atol=1e-4)
     narrow = copy.deepcopy(model).requires_grad_(False)
     narrow.latent_z.logvar.bias -= 6
-    with utils.fast_matmul():  # whose rounded factors would show here
+    with utils.matmul_precision("medium", "cpu"):  # whose rounded factors would show here
         logvar, mu = narrow.components()
         components = Independent(Normal(mu, torch.exp(0.5 * logvar)), 1)
         expected = MixtureSameFamily(Categorical(torch.ones(7)), components).log_prob(z)

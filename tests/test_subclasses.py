@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,12 @@ from torch.distributions import Categorical as Choice
 import evaluate
 import train
 import utils
-from data import ImageData, binarize_test_set, load_dataset
+from data import ImageData, binarize_test_set
 from model import VAE
-from tests.conftest import thinned
+from tests.conftest import SIZE
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
-SIZE = 49  # 7 x 7 images, so that integrals over the latents are quick
 OPTIONS = {"batch_size": 100, "lr": 1e-2, "device": "cpu"}
 
 
@@ -76,17 +74,6 @@ class OtherLikelihood(VAE):
 
 SUBCLASSES = [OtherNetworks, OtherPrior, OtherLikelihood]
 BINARIZE = {OtherNetworks: "dynamic", OtherPrior: "dynamic", OtherLikelihood: "none"}
-
-
-@pytest.fixture(scope="module")
-def small() -> ImageData:
-    """Every fifth of the bundled digits, as 7 x 7 images."""
-
-    def shrink(images: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(images.float(), 4).to(torch.uint8)
-
-    few = thinned(load_dataset("mnist-5k"), 5)
-    return replace(few, train_images=shrink(few.train_images), test_images=shrink(few.test_images))
 
 
 @pytest.fixture(params=SUBCLASSES)

@@ -1,0 +1,212 @@
+"""The step as one compiled function trains as the step of single operations does, and the rules that choose it."""
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import train
+import utils
+from data import ImageData
+from model import VAE
+from tests.conftest import SIZE
+from tests.test_subclasses import OtherNetworks, OtherPrior, state
+
+OPTIONS = {"batch_size": 200, "lr": 1e-2, "kl_warmup": 1.5, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+
+
+class Ordinary(VAE):
+    def __init__(self):
+        super().__init__(SIZE, 16, 2, activation="tanh")
+
+
+class Iwae(Ordinary):
+    """Trained on the other objective."""
+
+
+class ReadsValues(Ordinary):
+    """Looks at a number in the middle of the loss, which a compiled step can't."""
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        assert outputs.sum().item() < 1e9
+        return super().log_likelihood(outputs, targets)
+
+
+def trained(kind: type[VAE], data: ImageData, out_dir: Path, epochs: int = 2, **options: object) -> Path:
+    torch.manual_seed(1)
+    if kind is Iwae:
+        options |= {"objective": "iwae", "importance_samples": 3, "kl_warmup": 0.0}
+    _, _, run = train.train(data, kind(), **OPTIONS | options, epochs=epochs, out_dir=str(out_dir))
+    return run
+
+
+def was_compiled(run: Path) -> bool:
+    return utils.read_checkpoint(run)["options"]["compile"]
+
+
+def test_adam_is_that_of_torch():
+    """adam_step against torch.optim.Adam, to float rounding over 100 steps, with gradients of many sizes."""
+    for dtype, eps in ((torch.float64, 1e-4), (torch.float32, 1e-8)):
+        weight = torch.randn(50, 20, dtype=dtype)
+        ours, theirs = weight.clone(), weight.clone().requires_grad_()
+        adam = torch.optim.Adam([theirs], eps=eps, betas=(0.8, 0.95))
+        state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(ours), "exp_avg_sq": torch.zeros_like(ours)}
+        for t in range(1, 101):
+            theirs.grad = torch.randn(50, 20, dtype=dtype) * 10.0 ** torch.randint(-6, 3, (50, 20))
+            lr = adam.param_groups[0]["lr"] = 1e-3 * (1 + t % 3)
+            adam.step()
+            corrections = torch.tensor([1 - 0.8**t, 1 - 0.95**t], dtype=dtype)
+            train.adam_step(ours, theirs.grad, state, torch.tensor(lr, dtype=dtype), corrections, (0.8, 0.95), eps)
+        rounding = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(ours, theirs.detach(), **rounding)
+        assert not torch.allclose(ours, weight, atol=0.01)
+        for name, value in adam.state[theirs].items():
+            torch.testing.assert_close(state[name], value, **rounding)
+
+
+@pytest.mark.parametrize("kind", [Ordinary, OtherNetworks, OtherPrior, Iwae])
+def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tmp_path: Path):
+    """The same draws, so the same weights, statistics and losses, to rounding; the last batch is a smaller one."""
+    assert len(small.train_images) % 200
+    eager, compiled = (trained(kind, small, tmp_path, compile=compile) for compile in (False, True))
+    assert was_compiled(compiled)
+    assert not was_compiled(eager)
+    expected, found = state(eager), state(compiled)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
+    histories = [utils.read_checkpoint(run)["history"] for run in (eager, compiled)]
+    for row, other in zip(*histories, strict=True):
+        assert [row[name] for name in ("train_loss", "test_bce", "test_kl")] == pytest.approx(
+            [other[name] for name in ("train_loss", "test_bce", "test_kl")], rel=1e-3
+        )
+
+
+def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
+    """With a part trained eagerly, by another choice, nothing would be: the resumed run makes the same choice."""
+    straight = trained(OtherNetworks, small, tmp_path, 4, compile=True)
+    run = trained(OtherNetworks, small, tmp_path, 2, compile=True)
+    train.resume(run, OtherNetworks(), small, epochs=4)
+    assert was_compiled(run)
+    resumed, expected = state(run), state(straight)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    adams = [utils.read_checkpoint(path)["optimizer_state_dict"]["state"] for path in (run, straight)]
+    steps = 4 * -(-len(small.train_images) // 200)
+    for resumed_state, straight_state in zip(adams[0].values(), adams[1].values(), strict=True):
+        assert straight_state["step"] == steps
+        assert all(torch.equal(resumed_state[name], straight_state[name]) for name in straight_state)
+
+
+def test_what_cannot_be_compiled_is_trained_all_the_same(
+    small: ImageData,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+):
+    run = trained(ReadsValues, small, tmp_path, compile=True)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert "can't be compiled" in line
+    assert not was_compiled(run)  # so that a resumed run does not try
+    plain = state(trained(Ordinary, small, tmp_path, compile=False))
+    assert all(torch.equal(value, plain[name]) for name, value in state(run).items())
+
+
+def test_several_processes_do_not_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(utils, "rank_and_ranks", lambda: (0, 2))
+    objective = train.Objective(Ordinary(), options := train.Options(compile=True))
+    adam = torch.optim.Adam(objective.parameters())
+    assert train.compile_step(objective, adam, torch.zeros(200, SIZE, dtype=torch.uint8), options) is None
+    assert "several processes" in capsys.readouterr().err
+    assert not adam.state
+
+
+def test_a_weight_without_gradient_is_refused(small: ImageData, tmp_path: Path):
+    class Idle(Ordinary):
+        def __init__(self):
+            super().__init__()
+            self.spare = torch.nn.Linear(2, 2)
+
+    with pytest.raises(utils.UserError, match=r"no gradient reaches spare\.weight, spare\.bias"):
+        trained(Idle, small, tmp_path, compile=True)
+
+
+def test_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: "/usr/bin/c++")
+    options = train.Options(device="cpu", epochs=20, batch_size=100)
+
+    def is_compiled(num_images: int, **changes: object) -> bool:
+        return train.choose_how(replace(options, **changes), num_images).compile
+
+    assert is_compiled(40_000)
+    assert not is_compiled(39_900)
+    assert is_compiled(39_901)  # whose last batch has one image
+    assert is_compiled(200, compile=True)
+    assert not is_compiled(40_000, compile=False)
+    monkeypatch.setattr(utils, "rank_and_ranks", lambda: (0, 2))
+    assert not is_compiled(40_000)
+    monkeypatch.setattr(utils, "rank_and_ranks", lambda: (0, 1))
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert not is_compiled(40_000)
+
+
+def test_precision_follows_from_the_cpu_and_the_batch(monkeypatch: pytest.MonkeyPatch):
+    expected = {
+        (): "medium medium",
+        ("avx512_bf16",): "highest bfloat16",
+        ("amx_bf16", "avx512_bf16"): "medium bfloat16",
+    }
+    for units, precisions in expected.items():
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda units=units: {"avx2": True} | dict.fromkeys(units, True)
+        )
+        cpu = torch.device("cpu")
+        assert [utils.choose_precision(cpu, size) for size in (127, 128)] == precisions.split()
+        assert utils.choose_precision(torch.device("cuda"), 128) == "medium"
+
+
+def test_a_run_in_bfloat16_goes_on_without_units_for_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    options = train.Options(precision="bfloat16", compile=True, device="cpu")
+    monkeypatch.setattr(utils, "bfloat16_units", lambda: {"avx512_bf16"})
+    assert train.keep_how(options) == options
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(utils, "bfloat16_units", set)
+    assert train.keep_how(options) == replace(options, precision="medium")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bfloat16_rounds_products_and_nothing_else():
+    torch.manual_seed(0)
+    model, x = VAE(784, 64, 5, activation="tanh"), torch.rand(200, 784).round()
+    exact = copy.deepcopy(model)
+    losses = {}
+    for name, vae in (("highest", exact), ("bfloat16", model)):
+        with utils.matmul_precision(name, "cpu"):
+            torch.manual_seed(1)
+            bce, kl = vae.elbo_terms(x, x)
+            assert {value.dtype for value in (bce, kl, *vae.encode(x))} == {torch.float32}
+            losses[name] = (bce + kl).sum()
+        losses[name].backward()
+    assert losses["bfloat16"].item() != losses["highest"].item()
+    assert losses["bfloat16"].item() == pytest.approx(losses["highest"].item(), rel=1e-3)
+    for weight, other in zip(model.parameters(), exact.parameters(), strict=True):
+        assert weight.grad.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(weight.grad.flatten(), other.grad.flatten(), 0) > 0.999
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    few = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=8", f"--out-dir={tmp_path}", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *few, "--precision=highest", "--no-compile"])
+    train.main()
+    options = utils.read_checkpoint(tmp_path)["options"]
+    assert (options["compile"], options["precision"]) == (False, "highest")
+    assert "compil" not in capsys.readouterr().out
