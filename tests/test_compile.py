@@ -29,10 +29,6 @@ class Ordinary(VAE):
         super().__init__(SIZE, 16, 2, activation="tanh")
 
 
-class Iwae(Ordinary):
-    """Trained on the other objective."""
-
-
 class ReadsValues(Ordinary):
     """Looks at a number in the middle of the loss, which a compiled step can't."""
 
@@ -43,7 +39,7 @@ class ReadsValues(Ordinary):
 
 def trained(kind: type[VAE], data: ImageData, out_dir: Path, epochs: int = 2, **options: object) -> Path:
     torch.manual_seed(1)
-    if kind is Iwae:
+    if kind is OtherPrior:  # on the other objective
         options |= {"objective": "iwae", "importance_samples": 3, "kl_warmup": 0.0}
     _, _, run = train.train(data, kind(), **OPTIONS | options, epochs=epochs, out_dir=str(out_dir))
     return run
@@ -73,26 +69,29 @@ def test_adam_is_that_of_torch():
             torch.testing.assert_close(state[name], value, **rounding)
 
 
-@pytest.mark.parametrize("kind", [Ordinary, OtherNetworks, OtherPrior, Iwae])
+def assert_same_training(run: Path, reference: Path) -> None:
+    """Weights, statistics and losses agree, as far as rounding lets them: Adam takes steps of the sign of tiny ones."""
+    found, expected = state(run), state(reference)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).double().norm() < 0.03 * value.double().norm(), name
+    for row, other in zip(*(utils.read_checkpoint(path)["history"] for path in (run, reference)), strict=True):
+        for name in ("train_loss", "test_bce", "test_kl"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Ordinary, OtherPrior])
 def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tmp_path: Path):
-    """The same draws, so the same weights, statistics and losses, to rounding; the last batch is a smaller one."""
-    assert len(small.train_images) % 200
+    """From the same draws; the last batch is a smaller one."""
+    assert len(small.train_images) % OPTIONS["batch_size"]
     eager, compiled = (trained(kind, small, tmp_path, compile=compile) for compile in (False, True))
     assert was_compiled(compiled)
     assert not was_compiled(eager)
-    expected, found = state(eager), state(compiled)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
-    histories = [utils.read_checkpoint(run)["history"] for run in (eager, compiled)]
-    for row, other in zip(*histories, strict=True):
-        assert [row[name] for name in ("train_loss", "test_bce", "test_kl")] == pytest.approx(
-            [other[name] for name in ("train_loss", "test_bce", "test_kl")], rel=1e-3
-        )
+    assert_same_training(compiled, eager)
 
 
 def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
-    """With a part trained eagerly, by another choice, nothing would be: the resumed run makes the same choice."""
+    """The resumed run makes the same choice: with its second half not compiled, only roundings would be equal."""
     straight = trained(OtherNetworks, small, tmp_path, 4, compile=True)
     run = trained(OtherNetworks, small, tmp_path, 2, compile=True)
     train.resume(run, OtherNetworks(), small, epochs=4)
@@ -100,10 +99,13 @@ def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
     resumed, expected = state(run), state(straight)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     adams = [utils.read_checkpoint(path)["optimizer_state_dict"]["state"] for path in (run, straight)]
-    steps = 4 * -(-len(small.train_images) // 200)
-    for resumed_state, straight_state in zip(adams[0].values(), adams[1].values(), strict=True):
-        assert straight_state["step"] == steps
-        assert all(torch.equal(resumed_state[name], straight_state[name]) for name in straight_state)
+    steps = 4 * -(-len(small.train_images) // OPTIONS["batch_size"])
+    for ours, other in zip(*(adam.values() for adam in adams), strict=True):
+        assert other["step"] == steps
+        assert all(torch.equal(ours[name], other[name]) for name in other)
+    eager = trained(OtherNetworks, small, tmp_path, 4, compile=False)
+    assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
+    assert_same_training(run, eager)
 
 
 def test_what_cannot_be_compiled_is_trained_all_the_same(
