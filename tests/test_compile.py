@@ -70,10 +70,15 @@ def test_adam_is_that_of_torch():
 
 
 def assert_same_training(run: Path, reference: Path) -> None:
-    """Weights, statistics and losses agree, as far as rounding lets them: Adam takes steps of the sign of tiny ones."""
+    """Weights, statistics and losses agree, as far as rounding lets them: Adam makes whole steps of tiny gradients.
+
+    Such as those of a bias before a normalization, which are 0 but for rounding, and which its mean follows.
+    """
     found, expected = state(run), state(reference)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
+        if name.endswith(("coder.0.bias", "running_mean")):
+            continue
         assert (found[name] - value).double().norm() < 0.03 * value.double().norm(), name
     for row, other in zip(*(utils.read_checkpoint(path)["history"] for path in (run, reference)), strict=True):
         for name in ("train_loss", "test_bce", "test_kl"):
