@@ -69,20 +69,11 @@ def test_adam_is_that_of_torch():
             torch.testing.assert_close(state[name], value, **rounding)
 
 
-def assert_same_training(run: Path, reference: Path) -> None:
-    """Weights, statistics and losses agree, as far as rounding lets them: Adam makes whole steps of tiny gradients.
-
-    Such as those of a bias before a normalization, which are 0 but for rounding, and which its mean follows.
-    """
-    found, expected = state(run), state(reference)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if name.endswith(("coder.0.bias", "running_mean")):
-            continue
-        assert (found[name] - value).double().norm() < 0.03 * value.double().norm(), name
+def assert_same_losses(run: Path, reference: Path) -> None:
+    """To rounding, after the same draws. (Other draws differ by 1e-2.)"""
     for row, other in zip(*(utils.read_checkpoint(path)["history"] for path in (run, reference)), strict=True):
         for name in ("train_loss", "test_bce", "test_kl"):
-            assert row[name] == pytest.approx(other[name], rel=1e-3)
+            assert row[name] == pytest.approx(other[name], rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", [Ordinary, OtherPrior])
@@ -92,7 +83,11 @@ def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tm
     eager, compiled = (trained(kind, small, tmp_path, compile=compile) for compile in (False, True))
     assert was_compiled(compiled)
     assert not was_compiled(eager)
-    assert_same_training(compiled, eager)
+    assert_same_losses(compiled, eager)
+    found, expected = state(compiled), state(eager)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # Adam makes whole steps of tiny gradients, which are rounding
+        assert (found[name] - value).double().norm() < 0.03 * value.double().norm(), name
 
 
 def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
@@ -110,7 +105,7 @@ def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
         assert all(torch.equal(ours[name], other[name]) for name in other)
     eager = trained(OtherNetworks, small, tmp_path, 4, compile=False)
     assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
-    assert_same_training(run, eager)
+    assert_same_losses(run, eager)
 
 
 def test_what_cannot_be_compiled_is_trained_all_the_same(
