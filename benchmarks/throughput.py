@@ -1,16 +1,20 @@
 """Measures how fast a VAE trains here, side by side in one run, in images per second.
 
-    python benchmarks/throughput.py                 # a tutorial's loop, python train.py, and the matrix products alone
+    python benchmarks/throughput.py                 # a tutorial's loop, JAX, python train.py, the matrix products alone
     python benchmarks/throughput.py tricks          # what train.py would lose without each of its tricks
     python benchmarks/throughput.py scaling         # cost against batch size, hidden size and number of images
     python benchmarks/throughput.py results         # test losses of the default run, with all tricks and with none
 
-The loops take turns, so that a machine whose speed drifts is fair to all of them, and the figures are medians.
+JAX's row needs pip install jax optax. The loops take turns, so that a machine whose speed drifts is fair to all of
+them, and the figures are medians.
 """
 
 import contextlib
+import functools
+import importlib.util
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -32,12 +36,12 @@ import evaluate
 import train
 import utils
 from data import DATASETS, ImageData, load_dataset
-from model import VAE, loss_criterion
+from model import ACTIVATIONS, loss_criterion
 
 Measurement = Callable[[], float]  # -> the seconds of one pass over the images
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three loops
+# The loops
 
 
 def conventional(data: ImageData, args: Any) -> Measurement:
@@ -50,7 +54,7 @@ def conventional(data: ImageData, args: Any) -> Measurement:
             self.transform, self.target_transform = transforms.ToTensor(), None
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=args.batch_size, shuffle=True)
-    model = VAE(784, args.hidden_size, args.latent_size).to(args.device)
+    model = train.make_vae(data, args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def measure() -> float:
@@ -68,11 +72,68 @@ def conventional(data: ImageData, args: Any) -> Measurement:
     return measure
 
 
-def conventional_apart(data: ImageData, args: Any) -> Measurement:
-    """conventional in a process of its own: as by default, it computes with numbers below 1e-38, which ours flushes."""
+def jax_scan(data: ImageData, args: Any) -> Measurement:
+    """The same model, batches, binarization and Adam in JAX (optax): the epoch is one jitted scan over its steps."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    model, size = train.make_vae(data, args), args.batch_size
+    images = jnp.asarray(data.train_images.flatten(1).numpy())
+    activation = {"relu": jax.nn.relu, "tanh": jnp.tanh, "silu": jax.nn.silu}[args.activation]
+    weights = {name: jnp.asarray(weight.detach().numpy().T) for name, weight in model.named_parameters()}
+    hidden_layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
+    adam = optax.adam(train.Options.lr)
+
+    def linear(weights: dict, layer: str, x: Any) -> Any:
+        return x @ weights[f"{layer}.weight"] + weights[f"{layer}.bias"]
+
+    def hidden(weights: dict, side: str, x: Any) -> Any:
+        for i in range(hidden_layers[side]):
+            x = activation(linear(weights, f"{side}.fc{i + 1}", x))
+        return x
+
+    def neg_elbo(weights: dict, x: Any, eps: Any) -> Any:
+        features = hidden(weights, "encoder", x)
+        mu, logvar = linear(weights, "latent_z.mu", features), linear(weights, "latent_z.logvar", features)
+        features = hidden(weights, "decoder", mu + jnp.exp(0.5 * logvar) * eps)
+        logits = linear(weights, f"decoder.fc{args.decoder_layers + 1}", features)
+        return (jax.nn.softplus(logits) - x * logits).sum() - 0.5 * (1 + logvar - mu**2 - jnp.exp(logvar)).sum()
+
+    def step(carry: tuple, batch_and_key: tuple) -> tuple:
+        (weights, moments), (batch, key) = carry, batch_and_key
+        for_pixels, for_z = jax.random.split(key)
+        gray = images[batch]
+        x = (jax.random.bits(for_pixels, gray.shape, jnp.uint16) < gray * (2**16 / 255)).astype(jnp.float32)
+        eps = jax.random.normal(for_z, (size, args.latent_size))
+        loss, gradients = jax.value_and_grad(neg_elbo)(weights, x, eps)
+        updates, moments = adam.update(gradients, moments)
+        return (optax.apply_updates(weights, updates), moments), loss
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def epoch(carry: tuple, key: Any) -> tuple:
+        for_order, for_steps = jax.random.split(key)
+        steps = len(images) // size  # the images left over are left out
+        batches = jax.random.permutation(for_order, len(images))[: steps * size].reshape(steps, size)
+        return jax.lax.scan(step, carry, (batches, jax.random.split(for_steps, steps)))
+
+    carry, keys = (weights, adam.init(weights)), iter(jax.random.split(jax.random.key(0, impl="rbg"), 1000))
+
+    def measure() -> float:
+        nonlocal carry
+        start = time.perf_counter()
+        carry, losses = epoch(carry, next(keys))
+        losses.block_until_ready()
+        return (time.perf_counter() - start) * len(images) / (len(images) // size * size)
+
+    return measure
+
+
+def apart(loop: Callable[[ImageData, Any], Measurement], data: ImageData, args: Any) -> Measurement:
+    """A loop in a process of its own, whose settings are not ours: PyTorch's, say, which does not flush denormals."""
     context = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    context.Process(target=_serve_conventional, args=(there, data, args), daemon=True).start()
+    context.Process(target=_serve, args=(loop, there, data, args), daemon=True).start()
     there.close()
 
     def measure() -> float:
@@ -82,19 +143,21 @@ def conventional_apart(data: ImageData, args: Any) -> Measurement:
     return measure
 
 
-def _serve_conventional(pipe: Connection, data: ImageData, args: Any) -> None:
+def _serve(loop: Callable[[ImageData, Any], Measurement], pipe: Connection, data: ImageData, args: Any) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    measure = conventional(data, args)
+    if args.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    measure = loop(data, args)
     with contextlib.suppress(EOFError):  # the other end is gone: nobody will ask again
         while pipe.recv():
             pipe.send(measure())
 
 
 def ours(data: ImageData, args: Any) -> Measurement:
-    """train.train itself, in its second epoch."""
-    names = ("batch_size", "hidden_size", "latent_size", "device")
-    options = {name: getattr(args, name) for name in names}
+    """train.train itself, in its second epoch, compiled or not as in a run of as many epochs as by default."""
+    options = {name: getattr(args, name) for name in ("batch_size", "device", *train.SIZES)}
+    options["compile"] = train.choose_how(train.Options(**options, epochs=20), len(data.train_images)).compile
 
     def measure() -> float:
         with contextlib.ExitStack() as stack:
@@ -111,7 +174,7 @@ def ours(data: ImageData, args: Any) -> Measurement:
 def matrix_products(data: ImageData, args: Any, dtype: torch.dtype, precision: str) -> Measurement:
     """The pass's matrix products alone: each layer's outputs and two gradients, save the first's for images."""
     device = torch.device(args.device)
-    model = VAE(784, args.hidden_size, args.latent_size)
+    model = train.make_vae(data, args)
     weights = [layer.weight.to(device, dtype) for layer in model.modules() if isinstance(layer, nn.Linear)]
     inputs = [torch.randn(args.batch_size, weight.shape[1], device=device, dtype=dtype) for weight in weights]
     gradients = [torch.randn(args.batch_size, weight.shape[0], device=device, dtype=dtype) for weight in weights]
@@ -156,29 +219,39 @@ def take_turns(loops: dict[str, Measurement], repeats: int) -> dict[str, list[fl
 
 
 def compare(data: ImageData, args: Any) -> dict[str, Any]:
-    loops = {"conventional": conventional_apart(data, args), "train.py": ours(data, args)}
+    loops = {"conventional": apart(conventional, data, args), "train.py": ours(data, args)}
+    if missing := [package for package in ("jax", "optax") if not importlib.util.find_spec(package)]:
+        print(f"no row for JAX, since a package is missing: pip install {' '.join(missing)}")
+    elif args.device == "cpu":
+        loops["JAX"] = apart(jax_scan, data, args)
     floors = {
         "matrix products, float32": (torch.float32, "highest"),
         "matrix products, float32 with rounded factors": (torch.float32, "medium"),
-        "matrix products, bfloat16": (torch.bfloat16, "highest"),
     }
+    if args.device != "cpu" or utils.bfloat16_units():  # without which they take many times longer
+        floors["matrix products, bfloat16"] = (torch.bfloat16, "highest")
     loops |= {name: matrix_products(data, args, *how) for name, how in floors.items()}
     seconds = take_turns(loops, args.repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     floor = min(floors, key=medians.__getitem__)
-    faster = statistics.median(a / b for a, b in zip(seconds["conventional"], seconds["train.py"], strict=True))
-    slower = statistics.median(b / c for b, c in zip(seconds["train.py"], seconds[floor], strict=True))
+
+    def times(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
     print("| loop | images/s | time, in that of train.py |\n| --- | --- | --- |")
     for name, median in medians.items():
         print(f"| {name} | {len(data.train_images) / median:,.0f} | {median / medians['train.py']:.2f} |")
-    print(
-        f"train.py is {faster:.1f} times as fast as the conventional loop, and takes {slower:.1f} times as long as its"
-    )
-    print(f"{floor}, alone")
+    rivals = {name: times(name, "train.py") for name in ("conventional", "JAX") if name in seconds}
+    faster = " and ".join(f"{ratio:.2f} times as fast as {name}" for name, ratio in rivals.items())
+    slower = times("train.py", floor)
+    print(f"train.py is {faster}, and takes {slower:.2f} times as long as the {floor}, alone")
     if args.picture:
-        speeds = {name: len(data.train_images) / medians[name] for name in ("conventional", "train.py", floor)}
+        speeds = {
+            name: len(data.train_images) / medians[name]
+            for name in ("conventional", *loops.keys() & {"JAX"}, "train.py", floor)
+        }
         evaluate.save_figure(draw_speeds(speeds, title(args)), Path(args.picture))
-    return {"seconds": seconds, "speedup": faster, "times_the_floor": slower, "floor": floor}
+    return {"seconds": seconds, "speedup": rivals, "times_the_floor": slower, "floor": floor}
 
 
 def draw_speeds(speeds: dict[str, float], title: str) -> Any:
@@ -186,7 +259,9 @@ def draw_speeds(speeds: dict[str, float], title: str) -> Any:
 
     figure = Figure(figsize=(8, 2.2), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(list(speeds), list(speeds.values()), color=("#94a4a2", "#3f90da", "#ffa90e"))
+    bars = axes.barh(
+        list(speeds), list(speeds.values()), color=["#94a4a2"] * (len(speeds) - 2) + ["#3f90da", "#ffa90e"]
+    )
     axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds.values()], padding=4)
     axes.set(xlabel="images per second", title=title, xlim=(0, 1.15 * max(speeds.values())))
     axes.invert_yaxis()
@@ -208,7 +283,8 @@ def unfused(*args: Any, adam: type = torch.optim.Adam, **kwargs: Any) -> torch.o
 
 
 TRICKS = {
-    "matrix products with rounded factors": lambda: patch.object(utils, "fast_matmul", contextlib.nullcontext),
+    "the step as one compiled function": lambda: patch.object(train, "compile_step", lambda *_: None),
+    "matrix products in the fastest precision": lambda: patch.object(utils, "choose_precision", lambda *_: "highest"),
     "fused Adam": lambda: patch.object(torch.optim, "Adam", unfused),
     "16 random bits a pixel, not 32": lambda: patch.object(train, "binarize", binarize_with_floats),
     "weights averaged 50 times an epoch": lambda: patch.object(train, "AVERAGES_PER_EPOCH", 10**9),
@@ -275,7 +351,7 @@ def scaling(data: ImageData, args: Any) -> dict[str, Any]:
         for value in values:
             case = type(args)(**vars(args) | {name: value})
             images = first_images(data, value if name == "images" else min(6000, len(data.train_images)))
-            loops = {"conventional": conventional_apart(images, case), "train.py": ours(images, case)}
+            loops = {"conventional": apart(conventional, images, case), "train.py": ours(images, case)}
             for loop, durations in take_turns(loops, args.repeats).items():
                 seconds[name][loop].append(statistics.median(durations))
             print(f"{name} {value}: {', '.join(f'{loop} {s[-1]:.3f} s' for loop, s in seconds[name].items())}")
@@ -314,7 +390,15 @@ def first_images(data: ImageData, n: int) -> ImageData:
 
 
 def title(args: Any) -> str:
-    return f"batch {args.batch_size}, hidden {args.hidden_size}, latent {args.latent_size}, {args.device}"
+    layers = f"{args.encoder_layers} and {args.decoder_layers} hidden layers of {args.hidden_size}"
+    return f"batch {args.batch_size}, {layers}, {args.activation}, latent {args.latent_size}, {args.device}"
+
+
+def cpu_name() -> str:
+    """The CPU's name and the units that decide how fast its matrix products are."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    names = (capabilities.get("cpu_name", "CPU"), torch.backends.cpu.get_cpu_capability(), *utils.bfloat16_units())
+    return f"{', '.join(names)}, {torch.get_num_threads()} threads"
 
 
 @utils.command
@@ -327,6 +411,9 @@ def main() -> None:
     )
     parser.add_argument("--hidden-size", type=utils.count, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--latent-size", type=utils.count, default=20, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--encoder-layers", type=utils.count, default=2, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--decoder-layers", type=utils.count, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="(default: %(default)s)")
     parser.add_argument("--images", type=utils.count, metavar="N", help="images a pass (default: all)")
     parser.add_argument(
         "--repeats", type=utils.count, default=3, metavar="N", help="passes of each (default: %(default)s)"
@@ -345,7 +432,7 @@ def main() -> None:
     data = load_dataset(args.dataset, args.data_dir)
     if args.images and args.benchmark != "results":
         data = first_images(data, args.images)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     print(f"{data.name}, {len(data.train_images):,} images; {title(args)} ({where}); PyTorch {torch.__version__}")
     measured = benchmarks[args.benchmark](data, args)
     if args.json:
