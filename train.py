@@ -391,12 +391,6 @@ def _fit(
             run.rmdir()
             raise
     optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
-    objective = Objective(model, options)
-    with utils.matmul_precision(options.precision, device):
-        check_gradients(objective, train_images[: options.batch_size // ranks], options)
-        compiled = compile_step(objective, optimizer, train_images, options) if options.compile else None
-    options = replace(options, compile=compiled is not None)
-    step = make_step(model, optimizer, train_images, options, compiled)
     is_likelihood = average.is_likelihood(test_set[1])
     num_weights = sum(weight.numel() for weight in model.parameters())
     num_images = len(train_images)
@@ -409,8 +403,16 @@ def _fit(
             draw(run, average, dataset, test_set[0], options, history)
 
     # Train
+    objective, compiled = Objective(model, options), None
     total, done = options.epochs * num_images, (first - 1) * num_images
     try:
+        if first <= options.epochs:
+            model.train()
+            with utils.matmul_precision(options.precision, device):
+                check_gradients(objective, train_images[: options.batch_size // ranks], options)
+                compiled = compile_step(objective, optimizer, train_images, options) if options.compile else None
+            options = replace(options, compile=compiled is not None)
+        step = make_step(model, optimizer, train_images, options, compiled)
         bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
         with utils.matmul_precision("medium", device), bar as progress:
             for epoch in range(first, options.epochs + 1):
@@ -495,8 +497,10 @@ def compile_step(
     It changes the same weights and the same state of Adam in place as the step of single operations, and draws the same
     random numbers. None, after a line that says why, where it can't be compiled.
     """
-    if utils.rank_and_ranks()[1] > 1:
-        print("note: with several processes the step is not compiled", file=sys.stderr)
+    rank, ranks = utils.rank_and_ranks()
+    if ranks > 1 or images.device.type == "mps":
+        if rank == 0:
+            print("note: with several processes, and on mps, the step is not compiled", file=sys.stderr)
         return None
     weights = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
     buffers = dict(objective.named_buffers())
