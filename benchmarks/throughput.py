@@ -438,9 +438,8 @@ def main() -> None:
     data = load_dataset(args.dataset, args.data_dir)
     if args.images and args.benchmark != "results":
         data = first_images(data, args.images)
-    print(
-        f"{data.name}, {len(data.train_images):,} images; {title(args)} ({where(args.device)}); PyTorch {torch.__version__}"
-    )
+    how = f"{title(args)} ({where(args.device)}); PyTorch {torch.__version__}"
+    print(f"{data.name}, {len(data.train_images):,} images; {how}")
     measured = benchmarks[args.benchmark](data, args)
     if args.json:
         measured = {"options": vars(args), "where": where(args.device), "torch": torch.__version__, **measured}
