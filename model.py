@@ -57,8 +57,8 @@ class LatentZ(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, hidden_size) -> z, logvar, mu, each (B, latent_size)."""
-        mu = _at_least_float32(self.mu(hidden))
-        logvar = _at_least_float32(self.logvar(hidden))
+        mu = self.mu(hidden).to(self.mu.weight.dtype)  # float32 under autocast too: z - mu is to be exact
+        logvar = self.logvar(hidden).to(self.logvar.weight.dtype)
         std = torch.exp(0.5 * logvar)
         eps = torch.randn_like(std)
         z = std * eps + mu

@@ -511,13 +511,19 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "importance_samples": 1,
         "adam_eps": 1e-6,
         "average": False,
+        "compile": False,
+        "precision": "highest",
         "device": "cpu",
         "seed": 7,
         "out_dir": str(tmp_path / "runs"),
     }
     assert given.keys() == {option.name for option in fields(train.Options)}
-    args = [f"{train.flag(name)}={value}" for name, value in given.items() if name not in ("average", "image_size")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average"])
+    args = [
+        f"{train.flag(name)}={value}"
+        for name, value in given.items()
+        if name not in ("average", "compile", "image_size")
+    ]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile"])
     train.main()
     run = tmp_path / "runs" / "001-mnist-5k-z2"
     assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
