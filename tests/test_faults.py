@@ -138,7 +138,7 @@ def test_disk_full(tmp_path: Path, digits: ImageData):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_say_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    args = [sys.executable, "-u", train.__file__, *arguments, "--epochs=10000", f"--out-dir={tmp_path}"]
+    args = [sys.executable, "-u", train.__file__, *arguments, "--no-compile", "--epochs=10000", f"--out-dir={tmp_path}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(args, **pipes, preexec_fn=heed_ctrl_c) as process:
         try:
