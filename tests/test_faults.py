@@ -50,7 +50,7 @@ def train_or_resume(out_dir: Path, data: ImageData, epochs: int, max_file_size: 
         run = utils.newest_run(out_dir)
     except UserError:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-        sys.argv = ["train.py", *arguments, f"--out-dir={out_dir}", f"--epochs={epochs}"]
+        sys.argv = ["train.py", *arguments, "--no-compile", f"--out-dir={out_dir}", f"--epochs={epochs}"]
     else:
         sys.argv = ["train.py", f"--resume={run}", f"--epochs={epochs}"]
     train.main()
