@@ -73,7 +73,7 @@ def assert_same_losses(run: Path, reference: Path) -> None:
     """To rounding, after the same draws. (Other draws differ by 1e-2.)"""
     for row, other in zip(*(utils.read_checkpoint(path)["history"] for path in (run, reference)), strict=True):
         for name in ("train_loss", "test_bce", "test_kl"):
-            assert row[name] == pytest.approx(other[name], rel=7e-3, abs=0.01)
+            assert row[name] == pytest.approx(other[name], rel=2e-3, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", [Ordinary, OtherPrior])
@@ -92,9 +92,17 @@ def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tm
 
 def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
     """The resumed run makes the same choice: with its second half not compiled, only roundings would be equal."""
-    straight = trained(OtherNetworks, small, tmp_path, 4, compile=True)
-    run = trained(OtherNetworks, small, tmp_path, 2, compile=True)
-    train.resume(run, OtherNetworks(), small, epochs=4)
+
+    class Normalized(OtherNetworks):
+        """Without biases before the normalizations: of gradients 0 but for rounding, Adam makes whole steps."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder[0], self.decoder[0] = (torch.nn.Linear(size, 16, bias=False) for size in (SIZE, 2))
+
+    straight = trained(Normalized, small, tmp_path, 4, compile=True)
+    run = trained(Normalized, small, tmp_path, 2, compile=True)
+    train.resume(run, Normalized(), small, epochs=4)
     assert was_compiled(run)
     resumed, expected = state(run), state(straight)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
@@ -103,9 +111,11 @@ def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
     for ours, other in zip(*(adam.values() for adam in adams), strict=True):
         assert other["step"] == steps
         assert all(torch.equal(ours[name], other[name]) for name in other)
-    eager = trained(OtherNetworks, small, tmp_path, 4, compile=False)
+    eager = trained(Normalized, small, tmp_path, 4, compile=False)
     assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
     assert_same_losses(run, eager)
+    for name in (name for name in expected if name.endswith(("running_var", "num_batches_tracked"))):
+        torch.testing.assert_close(resumed[name], state(eager)[name], rtol=0.02, atol=0.0)
 
 
 def test_what_cannot_be_compiled_is_trained_all_the_same(
