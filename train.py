@@ -122,7 +122,9 @@ class Options:
     adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", NOT_NEGATIVE)
     average: bool = option(True, "evaluate and keep a running average of the weights", SWITCH)
     compile: bool | None = option(
-        None, "compile the whole step (default: in runs of 8,000 steps or more on a CPU with a C++ compiler)", SWITCH
+        None,
+        f"compile the whole step (default: for {STEPS_WORTH_COMPILING:,} steps or more, on a CPU with a C++ compiler)",
+        SWITCH,
     )
     precision: str | None = choice(
         None,
@@ -223,7 +225,8 @@ def resume(
     A run of a model of your own, or on ImageData, needs it again; dataset may also be the path to which its images have
     moved, which must be the same still. `changes` are the options epochs, data_dir and device.
     On one CPU the weights end bit-identical to those of a run that was never interrupted and, the learning rate being
-    constant, to those of a run started with the larger `epochs`: the cosine schedule is stretched to the new length.
+    constant, to those of a run started with the larger `epochs`, if that is compiled or not like this one: the cosine
+    schedule is stretched to the new length.
     A run that has reached them gets its table and pictures written again. Returns and raises as train does.
     """
     path = utils.on_rank_0(lambda: utils.checkpoint_path(run))
@@ -566,7 +569,7 @@ def adam_step(
 
 
 def train_epoch(
-    step: Callable[[Tensor, Tensor], Tensor],
+    step: Step,
     model: VAE,
     average: VAE,
     images: Tensor,

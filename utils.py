@@ -203,7 +203,7 @@ def choose_precision(device: torch.device, batch_size: int) -> str:
 
 def bfloat16_units() -> set[str]:
     """Which units for products of bfloat16 the CPU has, if any. Without them, such products take many times longer."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # new in PyTorch 2.1x
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older PyTorch
     return {name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)}
 
 

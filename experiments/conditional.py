@@ -72,16 +72,8 @@ def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: 
     return average.eval()
 
 
-LEFT_OUT = (
-    "resume",
-    "compile",
-    "init",
-    "objective",
-    "importance_samples",
-    "encoder_layers",
-    "decoder_layers",
-    "activation",
-)
+SIZES = ("encoder_layers", "decoder_layers", "activation")
+LEFT_OUT = ("resume", "compile", "init", "objective", "importance_samples", *SIZES)
 
 
 @utils.command
@@ -90,7 +82,7 @@ def main() -> None:
     evaluate.add_nll_samples(parser)
     given = vars(parser.parse_args())
     nll_samples = given.pop("nll_samples")
-    options = train.Options(**{"epochs": 20} | given)
+    options = train.Options(**{"epochs": 20, "compile": False} | given)
     device = utils.choose_device(options.device)
     dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
     options = train.choose_how(options, len(dataset.train_images))
