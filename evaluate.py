@@ -372,11 +372,12 @@ def bce_label(model: VAE) -> str:
     return "BCE" if type(model).log_likelihood is VAE.log_likelihood else "-log p(x|z)"
 
 
-def describe(dataset: str, binarize: str, model: VAE, epoch: int | None) -> str:
+def describe(dataset: ImageData, binarize: str, model: VAE, epoch: int | None) -> str:
     """The pictures' caption: what was trained on what."""
+    held_out = f", tested on {dataset.num_held_out:,} held-out training images" if dataset.num_held_out else ""
     what = "" if type(model) is VAE else f"{type(model).__name__}, "
     after = "" if epoch is None else f", epoch {epoch}"
-    return f"{what}{dataset}, binarize {binarize}, latent size {model.config['latent_size']}{after}"
+    return f"{what}{dataset.name}, binarize {binarize}, latent size {model.config['latent_size']}{after}{held_out}"
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -429,12 +430,13 @@ def evaluate_run(
     out_dir: str | Path | None = None,
     explorer: bool = False,
     seed: int = 0,
+    hold_out: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures -> metrics.
 
-    A checkpoint of a subclass of VAE needs such a model. dataset and binarize are by default those of the run, whose
-    images must be the same still, and out_dir is beside the checkpoint. Raises UserError for a bad value or file, and
-    OSError.
+    A checkpoint of a subclass of VAE needs such a model. dataset, binarize and hold_out (0: the test set) are by
+    default those of the run, whose images must be the same still, and out_dir is beside the checkpoint. Raises
+    UserError for a bad value or file, and OSError.
     """
     device = utils.choose_device(device)
     path = utils.checkpoint_path(run)
@@ -444,10 +446,13 @@ def evaluate_run(
     if binarize not in BINARIZE:
         raise UserError(f"{path} was trained with an option that this program lacks: --binarize {binarize}")
     if not isinstance(dataset, ImageData):
-        name, named = str(dataset or options.get("dataset", "auto")), dataset
+        name, is_the_runs = str(dataset or options.get("dataset", "auto")), dataset is None and hold_out is None
+        if hold_out is None:
+            hold_out = 0 if dataset else options.get("hold_out", 0)
         is_folder = name not in DATASETS and Path(name).is_dir()
-        dataset = load_dataset(name, data_dir, math.isqrt(model.config["input_size"]) if is_folder else None)
-        if not named:
+        image_size = math.isqrt(model.config["input_size"]) if is_folder else None
+        dataset = load_dataset(name, data_dir, image_size, hold_out)
+        if is_the_runs:
             check_same_images(checkpoint, dataset, path)
     check_images(model, dataset)
     if explorer:
@@ -458,8 +463,8 @@ def evaluate_run(
     model = model.to(device)
     inputs, _ = binarize_test_set(dataset.test_images.to(device), binarize)
     metrics = evaluate(model, dataset.test_images, binarize, nll_samples, seed)
-    metrics |= {"dataset": dataset.name, "binarize": binarize}
-    caption = describe(dataset.name, binarize, model, checkpoint.get("epoch"))
+    metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
+    caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
     print_metrics(metrics, f"{path}: {caption}", bce_label(model))
     utils.write_atomically(out_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     for name, figure in draw_all(model, dataset, inputs, caption):
@@ -487,7 +492,7 @@ def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path
 
 def print_metrics(metrics: dict[str, Any], title: str, bce: str = "BCE") -> None:
     """Prints what evaluate returns; bce is the name of the loss's first term."""
-    print(f"{title}; {metrics['num_images']:,} test images")
+    print(f"{title}; {metrics['num_images']:,} {'held-out' if metrics.get('hold_out') else 'test'} images")
     if metrics["nll"] is None:
         print("The model has no likelihood of such targets (gray, for a Bernoulli): these figures are not likelihoods")
     print(f"  neg_elbo      {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
@@ -524,6 +529,12 @@ def main() -> None:
         "--data-dir", default="data", help="where data sets are read and downloaded (default: %(default)s)"
     )
     parser.add_argument("--binarize", choices=BINARIZE, help="input and target (default: the run's, else dynamic)")
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        metavar="N",
+        help="test on the last N training images, or with 0 on the test set (default: as in training)",
+    )
     add_nll_samples(parser)
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
     parser.add_argument(
@@ -536,6 +547,8 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.seed <= 2**40:
         raise UserError(f"--seed must be a whole number from 0 to 2^40, not {args.seed}")
+    if args.hold_out is not None and args.hold_out < 0:
+        raise UserError(f"--hold-out must be 0 or above, not {args.hold_out}")
     evaluate_run(**vars(args))
 
 

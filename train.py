@@ -59,6 +59,7 @@ Requirement = tuple[str, Callable[[Any], bool]]  # what a good value is, and whe
 COUNT: Requirement = ("a whole number from 1 to 2^31", lambda n: 1 <= n < 2**31)
 POSITIVE: Requirement = ("a number above 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE: Requirement = ("a number, 0 or above", lambda x: 0 <= x < math.inf)
+WHOLE: Requirement = ("a whole number from 0 to 2^31", lambda n: 0 <= n < 2**31)
 TEXT: Requirement = ("a name or a path", lambda _: True)
 SWITCH: Requirement = ("True or False", lambda _: True)
 KINDS = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike), bool: bool}
@@ -95,6 +96,9 @@ class Options:
     data_dir: str = option("data", "where data sets are read and downloaded", TEXT)
     image_size: int | None = option(
         None, "width and height that the pictures in a folder are given (default: 28)", COUNT
+    )
+    hold_out: int = option(
+        0, "for choosing settings: the last N training images stand in for the test set, which is not read", WHOLE
     )
     epochs: int | None = option(None, "passes over the training set (default: 20, and 150 on mnist-5k)", COUNT)
     batch_size: int = option(128, "images per step", COUNT)
@@ -201,12 +205,14 @@ def train(
     options = Options(dataset=name, **options)
     check_machine(options)
     flush_denormals()
-    if not isinstance(dataset, ImageData):
-        dataset = load_dataset(name, options.data_dir, options.image_size)
+    if isinstance(dataset, ImageData):
+        dataset = dataset.hold_out(options.hold_out or dataset.num_held_out)
+    else:
+        dataset = load_dataset(name, options.data_dir, options.image_size, options.hold_out)
         name = dataset.name if name in DATASETS else str(Path(name).resolve())  # found from other folders too
     epochs = options.epochs or (150 if dataset.name == "mnist-5k" else 20)
     model = build(model or VAE, dataset, options)
-    options = replace(options, dataset=name, epochs=epochs, **sizes_of(model))
+    options = replace(options, dataset=name, hold_out=dataset.num_held_out, epochs=epochs, **sizes_of(model))
     options = choose_how(options, len(dataset.train_images))
     checkpoint = {"epoch": 0, "history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
@@ -247,10 +253,12 @@ def resume(
     flush_denormals()
     if options.epochs < checkpoint.get("epoch", 0):
         raise UserError(f"{path} is trained for {checkpoint['epoch']} epochs: give a larger --epochs to go on")
-    if not isinstance(dataset, ImageData):
+    if isinstance(dataset, ImageData):
+        dataset = dataset.hold_out(options.hold_out)
+    else:
         if dataset and str(dataset) not in DATASETS:
             options = replace(options, dataset=str(Path(dataset).resolve()))
-        dataset = load_dataset(str(dataset or options.dataset), options.data_dir, options.image_size)
+        dataset = load_dataset(str(dataset or options.dataset), options.data_dir, options.image_size, options.hold_out)
     model = utils.load_weights(model and build(model, dataset, options), checkpoint, path)
     evaluate.check_images(model, dataset)
     evaluate.check_same_images(checkpoint, dataset, path)
@@ -399,7 +407,9 @@ def _fit(
     num_images = len(train_images)
     if rank == 0:
         where = f"{device}, {ranks} processes" if ranks > 1 else device
-        print(f"{dataset.name}: {num_images:,} training images; {num_weights:,} weights on {where}; writing to {run}")
+        held_out = f", {dataset.num_held_out:,} others held out to test on" if dataset.num_held_out else ""
+        images = f"{num_images:,} training images{held_out}"
+        print(f"{dataset.name}: {images}; {num_weights:,} weights on {where}; writing to {run}")
         if first > options.epochs:
             print(f"trained for {options.epochs} epochs, of which all is written again: a larger --epochs goes on")
             save(run, average, model, optimizer, options, history, checksum)
@@ -697,7 +707,7 @@ def epoch_line(row: dict[str, float], options: Options, model: VAE, is_likelihoo
 
 def draw(run: Path, model: VAE, dataset: ImageData, inputs: Tensor, options: Options, history: list) -> None:
     """Writes the pictures that show how far the run has come, of test images whose binarization is `inputs`."""
-    caption = evaluate.describe(dataset.name, options.binarize, model, len(history))
+    caption = evaluate.describe(dataset, options.binarize, model, len(history))
     figures = {
         "curves.png": draw_curves(history, caption, evaluate.bce_label(model)),
         "reconstructions.png": evaluate.draw_reconstructions(model, dataset, inputs, caption),

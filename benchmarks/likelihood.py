@@ -43,7 +43,7 @@ def main() -> None:
 def train_recipe(recipe: str, options: train.Options, after: list[int], nll_samples: int) -> list[str]:
     """Trains with a recipe's options -> a row for the last epoch, and for each of those in `after` before it."""
     rows = []
-    dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
+    dataset = load_dataset(options.dataset, options.data_dir, options.image_size, options.hold_out)
 
     def add_row(model: VAE, history: list[dict[str, Any]]) -> None:
         if len(history) not in (*after, options.epochs):

@@ -84,7 +84,7 @@ def main() -> None:
     nll_samples = given.pop("nll_samples")
     options = train.Options(**{"epochs": 20, "compile": False} | given)
     device = utils.choose_device(options.device)
-    dataset = load_dataset(options.dataset, options.data_dir, options.image_size)
+    dataset = load_dataset(options.dataset, options.data_dir, options.image_size, options.hold_out)
     options = train.choose_how(options, len(dataset.train_images))
     utils.seed_epoch(options.seed, 0)
     train.flush_denormals()
@@ -108,7 +108,7 @@ def main() -> None:
     z = model.sample_prior(10)
     with torch.no_grad():
         images = torch.cat([model.given(label).decode(z) for label in classes])
-    title = f"Draws of each class\n{evaluate.describe(dataset.name, options.binarize, model, options.epochs)}"
+    title = f"Draws of each class\n{evaluate.describe(dataset, options.binarize, model, options.epochs)}"
     figure = evaluate.draw_tiles(images, len(classes), dataset.shape, title, dataset.classes)
     evaluate.save_figure(figure, run / "samples_by_class.png")
     print(f"wrote {run / 'samples_by_class.png'}")
