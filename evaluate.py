@@ -5,7 +5,7 @@
     python evaluate.py somewhere/checkpoint.pt --dataset mnist --binarize threshold
     python evaluate.py --explorer                     # and a web page in which to walk about its latent space
 
-Writes metrics.json and the pictures beside the checkpoint. All losses are in nats per image.
+Writes metrics.json and the pictures into the run folder, or for FILE.pt into a folder FILE. All losses are in nats per image.
 """
 
 import base64
@@ -435,7 +435,7 @@ def evaluate_run(
     """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures -> metrics.
 
     A checkpoint of a subclass of VAE needs such a model. dataset, binarize and hold_out (0: the test set) are by
-    default those of the run, whose images must be the same still, and out_dir is beside the checkpoint. Raises
+    default those of the run, whose images must be the same still; out_dir is the run folder, and of a checkpoint FILE.pt a folder FILE. Raises
     UserError for a bad value or file, and OSError.
     """
     device = utils.choose_device(device)
@@ -457,7 +457,9 @@ def evaluate_run(
     check_images(model, dataset)
     if explorer:
         check_explorer(model, dataset)
-    out_dir = Path(out_dir or path.parent)
+    if not out_dir:  # files of one folder, such as weights/, get folders of their own
+        out_dir = path.with_suffix("") if path.suffix and path.name != "checkpoint.pt" else path.parent
+    out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
 
     model = model.to(device)
@@ -538,7 +540,8 @@ def main() -> None:
     add_nll_samples(parser)
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
     parser.add_argument(
-        "--out-dir", help="where metrics.json and the pictures are written (default: beside the checkpoint)"
+        "--out-dir",
+        help="where metrics.json and the pictures are written (default: the run folder, or FILE/ for FILE.pt)",
     )
     parser.add_argument(
         "--explorer", action="store_true", help="write explorer.html, to walk about the latent space in"

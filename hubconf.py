@@ -1,10 +1,35 @@
-"""torch.hub.load("PATH/OR/USER/REPO", "vae", source="local") builds the model without a copy of the code."""
+"""torch.hub.load("PATH/OR/USER/REPO", "vae", source="local") builds the model without a copy of the code.
 
+    model = torch.hub.load("PATH", "vae", source="local", pretrained="default")     # one of the files in weights/
+"""
+
+from pathlib import Path
+from typing import Any
+
+import utils
+from experiments.vampprior import VampVAE
 from model import VAE
 
-dependencies = ["torch"]
+dependencies = ["torch", "torchvision", "matplotlib", "numpy", "tqdm", "mlxtend"]
+WEIGHTS = Path(__file__).parent / "weights"
 
 
-def vae(**kwargs: int | str) -> VAE:
-    """A VAE with fresh weights; the arguments are those of model.VAE, and so are their defaults."""
-    return VAE(**kwargs)
+def vae(pretrained: str | None = None, **kwargs: int | str) -> VAE:
+    """A VAE: the arguments are those of model.VAE, and so are their defaults.
+
+    pretrained is the name of a file in weights/, such as "default", which says what the arguments would. The model is
+    in eval mode then. Raises UserError where there is no such file.
+    """
+    if not pretrained:
+        return VAE(**kwargs)
+    names = sorted(path.stem for path in WEIGHTS.glob("*.pt"))
+    if pretrained not in names or kwargs:
+        raise utils.UserError(f"pretrained must be one of {', '.join(names)}, and the only argument, not {pretrained}")
+    return load(WEIGHTS / f"{pretrained}.pt")[0]
+
+
+def load(path: str | Path) -> tuple[VAE, dict[str, Any]]:
+    """utils.load_checkpoint for the experiments' model too of which there are weights."""
+    checkpoint = utils.read_checkpoint(path)
+    is_vamp = checkpoint.get("class", "VAE").endswith("VampVAE")
+    return utils.load_checkpoint(path, VampVAE(**checkpoint["model"]) if is_vamp else None)

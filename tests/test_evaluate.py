@@ -261,7 +261,7 @@ def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageD
 PICTURES = {"latent_usage.png", "reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png"}
 KEYS = {
     *("neg_elbo", "neg_elbo_se", "bce", "kl", "kl_per_latent", "nll", "nll_se", "nll_samples"),
-    *("active_units", "latent_size", "num_images", "dataset", "binarize"),
+    *("active_units", "latent_size", "num_images", "dataset", "hold_out", "binarize"),
 }
 
 
@@ -286,7 +286,7 @@ def test_command(trained: VAE, digits: ImageData, tmp_path: Path, monkeypatch: p
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics.keys() == KEYS
     expected = evaluate.evaluate(trained, digits.test_images, "threshold", 3, seed=9)
-    assert metrics == expected | {"dataset": "mnist-5k", "binarize": "threshold"}
+    assert metrics == expected | {"dataset": "mnist-5k", "hold_out": 0, "binarize": "threshold"}
     output = capsys.readouterr().out
     assert f"{metrics['neg_elbo']:.2f} nats per image" in output
     assert f"{metrics['nll']:.2f} nats per image, standard error {metrics['nll_se']:.2f}" in output
@@ -316,10 +316,11 @@ def test_command_on_an_original_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "vae.pt"
     torch.save({"model_state_dict": vae.state_dict(), "optimizer_state_dict": {}, "model": kept}, path)
     call(monkeypatch, path, "--dataset", "mnist-5k", "--nll-samples", "2")
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "vae" / "metrics.json").read_text())
     expected = evaluate.evaluate(vae, digits.test_images, "dynamic", 2)
     assert {name: metrics[name] for name in expected} == expected
-    assert {path.name for path in tmp_path.iterdir()} == PICTURES | {"metrics.json", "vae.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"vae.pt", "vae"}
+    assert {path.name for path in (tmp_path / "vae").iterdir()} == PICTURES | {"metrics.json"}
 
 
 def test_bad_calls(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPatch):

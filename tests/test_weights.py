@@ -1,0 +1,43 @@
+"""weights/: the trained models that come with the repository."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Bernoulli
+
+import hubconf
+import utils
+from data import ImageData, binarize_test_set
+from utils import UserError
+
+WEIGHTS = sorted(hubconf.WEIGHTS.glob("*.pt"))
+LARGEST_ERROR = {"2d": 150, "default": 80, "vampprior": 72}  # -log p(x|z) of reconstructions, nats per image
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+def test_reconstructs_the_bundled_digits(path: Path, digits: ImageData):
+    checkpoint = utils.read_checkpoint(path)
+    assert all(tensor.dtype == torch.float16 for tensor in checkpoint["model_state_dict"].values())
+    assert checkpoint.keys() == {"model", "class", "options", "checksum", "epoch", "model_state_dict"}
+    assert checkpoint["options"].get("hold_out", 0) == 0
+    model = torch.hub.load(str(hubconf.WEIGHTS.parent), "vae", source="local", pretrained=path.stem)
+    assert not model.training
+    inputs, targets = binarize_test_set(digits.test_images, "dynamic")
+    x_hat = model.reconstruct(inputs)
+    error = -Bernoulli(x_hat.clamp(1e-6, 1 - 1e-6)).log_prob(targets).sum(1).mean()
+    assert error < LARGEST_ERROR[path.stem]
+    assert 50 < model.sample(100).sum(1).mean() < 150  # as much ink as digits have: 104 of 784 pixels
+
+
+def test_all_are_listed_and_small():
+    table = (hubconf.WEIGHTS / "README.md").read_text()
+    assert all(f"[{path.name}]({path.name})" in table for path in WEIGHTS)
+    assert sum(path.stat().st_size for path in WEIGHTS) < 12e6
+
+
+def test_unknown_names():
+    for arguments in ({"pretrained": "no-such"}, {"pretrained": "default", "latent_size": 3}):
+        with pytest.raises(UserError, match="2d, default"):
+            hubconf.vae(**arguments)
