@@ -25,7 +25,7 @@ try:
     from tqdm import tqdm
 
     import utils
-    from data import BINARIZE, DATASETS, ImageData, binarize_test_set, load_dataset
+    from data import BINARIZE, DATASETS, ImageData, binarize_test_set, check_bytes, load_dataset
     from model import VAE, Decoder
     from utils import UserError
 except ModuleNotFoundError as error:
@@ -120,8 +120,12 @@ def evaluate(
 
     In nats per image; a name with _se is the standard error over the images. nll and nll_se are None where the
     model's log_likelihood is no likelihood of the targets (a Bernoulli's, of gray ones), and kl_per_latent where its
-    prior has no KL by latent dimension.
+    prior has no KL by latent dimension. Raises UserError for images of another type, number or size.
     """
+    check_bytes(images, "images")
+    size = model.config["input_size"]
+    if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
+        raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
     torch.manual_seed(seed)
     inputs, targets = binarize_test_set(images.to(next(model.parameters()).device), binarize)
     bce, kl = elbo_terms(model, inputs, targets)
