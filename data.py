@@ -68,9 +68,12 @@ class ImageData:
         return self.train_images[0].numel()
 
     def checksum(self) -> int:
-        """Of all images: by it a run knows its data again."""
-        train, test = (images.cpu().contiguous().numpy() for images in (self.train_images, self.test_images))
-        return zlib.crc32(test, zlib.crc32(train))
+        """Of all images, their shape and their parts: by it a run knows its data again."""
+        checksum = 0
+        for images in (self.train_images, self.test_images):
+            checksum = zlib.crc32(repr(tuple(images.shape)).encode(), checksum)
+            checksum = zlib.crc32(images.cpu().contiguous().numpy(), checksum)
+        return checksum
 
 
 def load_dataset(name: str = "auto", data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:

@@ -486,7 +486,8 @@ def check_images(model: VAE, dataset: ImageData) -> None:
 def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
     """Raises UserError where a run was trained on other images, so that those to test on may have been among them."""
     if checkpoint.get("checksum", checksum := dataset.checksum()) != checksum:
-        raise UserError(f"{path} is of other images than those that {checkpoint['options']['dataset']} holds now")
+        how = "give it its own; evaluate.py takes others by --dataset, and evaluate_run by dataset"
+        raise UserError(f"{path} is of other images than those that {dataset.name} holds now: {how}")
 
 
 def print_metrics(metrics: dict[str, Any], title: str, bce: str = "BCE") -> None:
