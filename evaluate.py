@@ -443,6 +443,10 @@ def evaluate_run(
     device = utils.choose_device(device)
     path = utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path, model)
+    if checkpoint.get("epoch") == 0:
+        raise UserError(
+            f"{path} is not trained yet, having been stopped in its first epoch: go on with train.py --resume"
+        )
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = binarize or options.get("binarize", "dynamic")
     if binarize not in BINARIZE:
@@ -458,6 +462,7 @@ def evaluate_run(
         check_explorer(model, dataset)
     out_dir = Path(out_dir or path.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
+    utils.clear_parts(out_dir)
 
     model = model.to(device)
     inputs, _ = binarize_test_set(dataset.test_images.to(device), binarize)
