@@ -40,16 +40,17 @@ class ImageData:
     num_held_out: int = 0  # if not 0, the test images are training images that hold_out took away
 
     def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.name, *self.classes)):
+            raise UserError(f"the name and the classes of a data set must be text, not {self.name!r}, {self.classes!r}")
         parts = {
             "training": (self.train_images, self.train_labels),
             "test": (self.test_images, self.test_labels),
         }
         for part, (images, labels) in parts.items():
-            is_images = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.dim() == 3
-            if not is_images or len(images) < 2:
-                found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-                expected = "a tensor of bytes (torch.uint8) of shape (N, H, W) with N > 1"
-                raise UserError(f"the {part} images of {self.name} must be {expected}, not {found}")
+            check_bytes(images, f"the {part} images of {self.name}")
+            if images.dim() != 3 or len(images) < 2 or images.numel() == 0:
+                shape = f"of shape (N, H, W) with N > 1, not {tuple(images.shape)}"
+                raise UserError(f"the {part} images of {self.name} must be {shape}")
             if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]):
                 raise UserError(f"the {part} labels of {self.name} must be a tensor of int64, one per image")
             if not 0 <= labels.min() <= labels.max() < len(self.classes):
@@ -85,8 +86,12 @@ class ImageData:
         return ImageData(self.name, self.classes, *parts[0], *parts[1], num_held_out=n)
 
     def checksum(self) -> int:
-        """Of all images: by it a run knows its data again."""
-        return zlib.crc32(self.test_images.contiguous().numpy(), zlib.crc32(self.train_images.contiguous().numpy()))
+        """Of all images, their shape and their parts: by it a run knows its data again."""
+        checksum = 0
+        for images in (self.train_images, self.test_images):
+            checksum = zlib.crc32(repr(tuple(images.shape)).encode(), checksum)
+            checksum = zlib.crc32(images.cpu().contiguous().numpy(), checksum)
+        return checksum
 
 
 def load_dataset(
@@ -323,11 +328,9 @@ def binarize(
 
     dynamic: both are one Bernoulli sample whose probabilities are the gray values, as in Burda et al. 2016, drawn by
     the generator, or from the bits of draw_bits. threshold: gray input, target gray > 0.5. none: both gray, for which a
-    Bernoulli likelihood is none. Raises UserError for images of another type, whose range is not known, and ValueError
-    for another mode.
+    Bernoulli likelihood is none. Raises ValueError for another mode, and UserError as check_bytes does.
     """
-    if images.dtype != torch.uint8:
-        raise UserError(f"images must be bytes from 0 to 255 (torch.uint8), not {images.dtype}")
+    check_bytes(images, "images")
     if mode == "dynamic":
         uniform = (draw_bits(images.shape, images.device, generator) if bits is None else bits) + 2.0**15
         sample = torch.empty(images.shape, device=images.device)
@@ -339,6 +342,14 @@ def binarize(
     if mode == "none":
         return gray, gray
     raise ValueError(f"mode must be one of {', '.join(BINARIZE)}, not {mode!r}")
+
+
+def check_bytes(images: Any, what: str) -> None:
+    """Raises UserError for all but a tensor of bytes: of another type it is not known what black and white are."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        how = "of x from 0 to 1, take torch.as_tensor(255 * x).round().to(torch.uint8)"
+        raise UserError(f"{what} must be a tensor of bytes from 0 to 255 (torch.uint8), not {kind}: {how}")
 
 
 def draw_bits(shape: torch.Size, device: torch.device, generator: torch.Generator | None = None) -> Tensor:

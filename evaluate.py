@@ -25,7 +25,7 @@ try:
     from tqdm import tqdm
 
     import utils
-    from data import BINARIZE, DATASETS, ImageData, binarize_test_set, load_dataset
+    from data import BINARIZE, DATASETS, ImageData, binarize_test_set, check_bytes, load_dataset
     from model import VAE, Decoder
     from utils import UserError
 except ModuleNotFoundError as error:
@@ -120,8 +120,12 @@ def evaluate(
 
     In nats per image; a name with _se is the standard error over the images. nll and nll_se are None where the
     model's log_likelihood is no likelihood of the targets (a Bernoulli's, of gray ones), and kl_per_latent where its
-    prior has no KL by latent dimension.
+    prior has no KL by latent dimension. Raises UserError for images of another type, number or size.
     """
+    check_bytes(images, "images")
+    size = model.config["input_size"]
+    if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
+        raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
     torch.manual_seed(seed)
     inputs, targets = binarize_test_set(images.to(next(model.parameters()).device), binarize)
     bce, kl = elbo_terms(model, inputs, targets)
@@ -441,6 +445,10 @@ def evaluate_run(
     device = utils.choose_device(device)
     path = utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path, model)
+    if checkpoint.get("epoch") == 0:
+        raise UserError(
+            f"{path} is not trained yet, having been stopped in its first epoch: go on with train.py --resume"
+        )
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = binarize or options.get("binarize", "dynamic")
     if binarize not in BINARIZE:
@@ -461,6 +469,7 @@ def evaluate_run(
         out_dir = path.with_suffix("") if path.suffix and path.name != "checkpoint.pt" else path.parent
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    utils.clear_parts(out_dir)
 
     model = model.to(device)
     inputs, _ = binarize_test_set(dataset.test_images.to(device), binarize)
@@ -489,7 +498,8 @@ def check_images(model: VAE, dataset: ImageData) -> None:
 def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
     """Raises UserError where a run was trained on other images, so that those to test on may have been among them."""
     if checkpoint.get("checksum", checksum := dataset.checksum()) != checksum:
-        raise UserError(f"{path} is of other images than those that {checkpoint['options']['dataset']} holds now")
+        how = "give it its own; evaluate.py takes others by --dataset, and evaluate_run by dataset"
+        raise UserError(f"{path} is of other images than those that {dataset.name} holds now: {how}")
 
 
 def print_metrics(metrics: dict[str, Any], title: str, bce: str = "BCE") -> None:

@@ -216,7 +216,13 @@ def train(
     options = choose_how(options, len(dataset.train_images))
     checkpoint = {"epoch": 0, "history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
-    return _fit(model, checkpoint, options, dataset, run, on_epoch)
+    try:
+        return _fit(model, checkpoint, options, dataset, run, on_epoch)
+    except BaseException as error:
+        can_go_on = isinstance(error, KeyboardInterrupt) and (run / "checkpoint.pt").exists()
+        if not checkpoint["history"] and not can_go_on:  # no epoch came to its end: nobody is to take it for a run
+            utils.discard_run(run)
+        raise
 
 
 def resume(
@@ -266,9 +272,7 @@ def resume(
         check_training_state(checkpoint, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(damaged) from error
-    for kind in ("pt", "csv"):
-        for left in path.parent.glob(f".*.{kind}.*.part"):  # by a run that was killed while it wrote
-            left.unlink(missing_ok=True)
+    utils.clear_parts(path.parent)
     return _fit(model, checkpoint, options, dataset, path.parent, on_epoch)
 
 
@@ -396,11 +400,7 @@ def _fit(
     if "optimizer_state_dict" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     elif rank == 0:
-        try:
-            save(run, average, model, optimizer, options, history, checksum)
-        except BaseException:
-            run.rmdir()
-            raise
+        save(run, average, model, optimizer, options, history, checksum)
     optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
     is_likelihood = average.is_likelihood(test_set[1])
     num_weights = sum(weight.numel() for weight in model.parameters())
@@ -634,7 +634,8 @@ def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: 
         bad = (~torch.isfinite(neg_elbos)).nonzero().flatten().tolist()
         step = f"step {bad[0] + 1}" if bad else "the test after its last step"
         cause = "the steps are likely too large: try a smaller --lr"
-        raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}. {run} holds epoch {epoch - 1}")
+        kept = f". {run} holds epoch {epoch - 1}" if epoch > 1 else ""
+        raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}{kept}")
 
 
 def learning_rate(done: float, options: Options) -> float:

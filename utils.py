@@ -274,6 +274,26 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         raise
 
 
+def clear_parts(folder: Path) -> None:
+    """Removes the unfinished files of write_atomically in a folder that are of no other process of this machine."""
+    for part in folder.glob(".*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            part.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere, os.kill would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
 def _sync_folder(folder: Path) -> None:
     """Puts the names in a folder on the disk, on systems where that can be asked for."""
     if hasattr(os, "O_DIRECTORY"):
@@ -397,6 +417,14 @@ def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
             if _run_numbers(out_dir)[number] == claim:  # and no other had the number, and renamed its folder, before
                 return claim.rename(f"{claim}-{dataset}-z{latent_size}")
             claim.rmdir()
+
+
+def discard_run(run: Path) -> None:
+    """Removes the checkpoint of a run and, if nothing else is there, its folder. Acts in the first process alone."""
+    if rank_and_ranks()[0] == 0:
+        (run / "checkpoint.pt").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            run.rmdir()
 
 
 def newest_run(out_dir: str | Path) -> Path:

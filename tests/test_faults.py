@@ -162,6 +162,30 @@ def test_signals_say_how_to_go_on(number: signal.Signals, code: int, tmp_path: P
     assert epochs_in_csv(run) == list(range(1, epoch + 2))
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("not finite")])
+@pytest.mark.parametrize("place", ["choose_device", "_sync_folder", "train_epoch"])
+def test_a_run_stopped_before_its_first_epoch_is_whole(error, place, tmp_path, fails, monkeypatch):
+    """Where it was interrupted and has a checkpoint, it can be resumed, and else leaves nothing to be evaluated."""
+
+    def stop(*args: object) -> None:
+        raise error
+
+    module = train if hasattr(train, place) else utils
+    with monkeypatch.context() as patch:
+        make = utils.new_run_folder  # after which it goes wrong
+        patch.setattr(utils, "new_run_folder", lambda *args: (make(*args), patch.setattr(module, place, stop))[0])
+        with pytest.raises(error if isinstance(error, type) else type(error)):
+            train.train(**OPTIONS, epochs=1, out_dir=tmp_path)
+    is_kept = error is KeyboardInterrupt and place != "choose_device"
+    assert [path.name for path in tmp_path.glob("*/*")] == ["checkpoint.pt"] * is_kept
+    assert len(list(tmp_path.iterdir())) == is_kept
+    if is_kept:
+        assert "not trained yet" in fails(train.evaluate.main, tmp_path)
+        train.resume(tmp_path)
+        assert utils.load_checkpoint(tmp_path)[1]["epoch"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is not finite
 
@@ -236,13 +260,27 @@ def test_flipped_bytes_never_load_wrong(flips: list, whole_file: bytes, tmp_path
 
 
 @pytest.mark.usefixtures("small")
-def test_what_a_killed_process_left_is_cleared(tmp_path: Path):
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, _, run = train.train(**OPTIONS, epochs=1, out_dir=str(tmp_path))
-    for name in ("checkpoint.pt", "metrics.csv"):  # of a process of this number, which was killed
-        (run / f".{name}.{os.getpid()}.part").write_text("left")
+    dead, alive = subprocess.Popen(["true"]), os.getppid()
+    dead.wait()
+    others = {f".curves.png.{alive}.part", ".mine.part"}
+
+    def leave() -> None:
+        for name in ("checkpoint.pt", "metrics.csv"):  # of a process of this number, which was killed
+            (run / f".{name}.{os.getpid()}.part").write_text("left")
+        for name in (f".curves.png.{dead.pid}.part", f".metrics.json.{10**30}.part", *others):
+            (run / name).write_text("left")
+
+    leave()
     train.resume(run, epochs=2)
     assert utils.load_checkpoint(run)[1]["epoch"] == 2
-    assert not list(run.glob(".*"))
+    assert {path.name for path in run.glob(".*")} == others
+    leave()
+    monkeypatch.setattr(train.evaluate, "load_dataset", train.load_dataset)
+    monkeypatch.setattr(train.evaluate, "draw_all", lambda *args: ())
+    train.evaluate.evaluate_run(run, nll_samples=1)
+    assert {path.name for path in run.glob(".*")} == others
 
 
 @pytest.mark.usefixtures("small")

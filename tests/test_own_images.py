@@ -16,6 +16,7 @@ import evaluate
 import train
 import utils
 from data import ImageData, load_dataset
+from model import VAE
 from utils import UserError
 
 SMALL = ["--epochs=2", "--hidden-size=16", "--latent-size=2", "--batch-size=50", "--device=cpu"]
@@ -248,9 +249,30 @@ def test_image_data_is_checked():
         ("test_images", images[:0], r"\(0, 3, 5\)"),
         ("test_images", images.numpy(), "ndarray"),
         ("test_images", images[:, :2], "same size"),
+        ("test_images", images.bool(), r"torch\.uint8\), not torch\.bool: .*255 \* x"),
+        ("train_images", images.long(), "int64"),
+        ("train_images", images[:, :0], r"\(4, 0, 5\)"),
+        ("test_images", images[:1], "N > 1"),
         ("train_labels", labels[:3], "labels"),
         ("train_labels", labels + 1, "labels"),
         ("test_labels", labels.float(), "labels"),
     ):
         with pytest.raises(UserError, match=says):
             ImageData("mine", ["all"], **good | {name: wrong})
+    for name, classes in ((3, ["all"]), ("mine", [0])):
+        with pytest.raises(UserError, match="must be text"):
+            ImageData(name, classes, **good)
+
+
+def test_metrics_are_of_bytes_only():
+    images, model = torch.zeros(4, 3, 5, dtype=torch.uint8), VAE(15, 4, 2)
+    assert evaluate.evaluate(model, images, nll_samples=1)["num_images"] == 4
+    for wrong, says in (
+        (images / 255, "float32"),
+        (images.numpy(), "ndarray"),
+        (images[:1], r"\(1, 3, 5\)"),
+        (images[:, :2], "15 values"),
+        (images[0, 0], "15 values"),
+    ):
+        with pytest.raises(UserError, match=says):
+            evaluate.evaluate(model, wrong, nll_samples=1)

@@ -436,6 +436,36 @@ def test_resumes_on_its_own_images_only(tmp_path: Path):
     train.resume(run, dataset=data, epochs=2)
 
 
+def test_other_images_under_the_name_of_a_data_set(digits, tmp_path, monkeypatch, fails):
+    """A run on images called mnist-5k is not tested on mnist-5k, or trained on it, but where that is asked for."""
+    few = train.load_dataset()  # every fifth
+    _, _, run = train.train(**SMALL | {"dataset": few}, epochs=1, out_dir=tmp_path)
+    checkpoint, path = saved(run), run / "checkpoint.pt"
+    for module in (train, train.evaluate):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: digits)
+    monkeypatch.setattr(train.evaluate, "draw_all", lambda *args: ())
+    assert "other images" in fails(train.main, "--resume", run, "--epochs=2")
+    assert "other images than those that mnist-5k holds now" in fails(train.evaluate.main, run)
+    with pytest.raises(UserError, match="other images"):
+        train.evaluate.evaluate_run(run)
+    metrics = train.evaluate.evaluate_run(run, dataset="mnist-5k", nll_samples=1, out_dir=tmp_path)
+    assert metrics["num_images"] == len(digits.test_images)
+    labels = replace(few, train_labels=9 - few.train_labels)
+    moved = replace(
+        few,  # the last training image is the first test image now
+        train_images=few.train_images[:-1],
+        train_labels=few.train_labels[:-1],
+        test_images=torch.cat([few.train_images[-1:], few.test_images]),
+        test_labels=torch.cat([few.train_labels[-1:], few.test_labels]),
+    )
+    train.evaluate.check_same_images(checkpoint, labels, path)
+    with pytest.raises(UserError, match="other images"):
+        train.evaluate.check_same_images(checkpoint, moved, path)
+    checkpoint.pop("options")
+    with pytest.raises(UserError, match="other images"):
+        train.evaluate.check_same_images(checkpoint, digits, path)
+
+
 def test_options_take_numpys_numbers_and_paths(tmp_path: Path):
     options = train.Options(lr=np.logspace(-4, -2, 3)[1], epochs=np.int64(3), beta=np.float32(2), out_dir=tmp_path)
     assert (options.lr, options.epochs, options.beta, options.out_dir) == (1e-3, 3, 2.0, str(tmp_path))
