@@ -5,7 +5,8 @@
     python evaluate.py somewhere/checkpoint.pt --dataset mnist --binarize threshold
     python evaluate.py --explorer                     # and a web page in which to walk about its latent space
 
-Writes metrics.json and the pictures into the run folder, or for FILE.pt into a folder FILE. All losses are in nats per image.
+Writes metrics.json and the pictures into the run folder, or for FILE.pt into a folder FILE. All losses are in nats per
+image.
 """
 
 import base64
@@ -439,8 +440,8 @@ def evaluate_run(
     """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures -> metrics.
 
     A checkpoint of a subclass of VAE needs such a model. dataset, binarize and hold_out (0: the test set) are by
-    default those of the run, whose images must be the same still; out_dir is the run folder, and of a checkpoint FILE.pt a folder FILE. Raises
-    UserError for a bad value or file, and OSError.
+    default those of the run, whose images must be the same still; out_dir is the run folder, and for a checkpoint
+    FILE.pt a folder FILE. Raises UserError for a bad value or file, and OSError.
     """
     device = utils.choose_device(device)
     path = utils.checkpoint_path(run)

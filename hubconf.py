@@ -1,6 +1,6 @@
 """torch.hub.load("PATH/OR/USER/REPO", "vae", source="local") builds the model without a copy of the code.
 
-    model = torch.hub.load("PATH", "vae", source="local", pretrained="default")     # one of the files in weights/
+model = torch.hub.load("PATH", "vae", source="local", pretrained="default")     # one of the files in weights/
 """
 
 from pathlib import Path

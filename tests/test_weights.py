@@ -1,6 +1,5 @@
 """weights/: the trained models that come with the repository."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest

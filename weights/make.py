@@ -1,6 +1,6 @@
 """Makes weights/NAME.pt of a run: its model in half precision, which it prints the cost of.
 
-    python weights/make.py runs/001-mnist-z20 default
+python weights/make.py runs/001-mnist-z20 default
 """
 
 import sys
