@@ -377,12 +377,12 @@ def bce_label(model: VAE) -> str:
     return "BCE" if type(model).log_likelihood is VAE.log_likelihood else "-log p(x|z)"
 
 
-def describe(dataset: ImageData, binarize: str, model: VAE, epoch: int | None) -> str:
-    """The pictures' caption: what was trained on what."""
-    held_out = f", tested on {dataset.num_held_out:,} held-out training images" if dataset.num_held_out else ""
+def describe(dataset: str, binarize: str, model: VAE, epoch: int | None, num_held_out: int = 0) -> str:
+    """The pictures' caption: what was trained on what, and tested on what if that is not the test set."""
+    held_out = f", tested on {num_held_out:,} held-out training images" if num_held_out else ""
     what = "" if type(model) is VAE else f"{type(model).__name__}, "
     after = "" if epoch is None else f", epoch {epoch}"
-    return f"{what}{dataset.name}, binarize {binarize}, latent size {model.config['latent_size']}{after}{held_out}"
+    return f"{what}{dataset}, binarize {binarize}, latent size {model.config['latent_size']}{after}{held_out}"
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -476,7 +476,7 @@ def evaluate_run(
     inputs, _ = binarize_test_set(dataset.test_images.to(device), binarize)
     metrics = evaluate(model, dataset.test_images, binarize, nll_samples, seed)
     metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
-    caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
+    caption = describe(dataset.name, binarize, model, checkpoint.get("epoch"), dataset.num_held_out)
     print_metrics(metrics, f"{path}: {caption}", bce_label(model))
     utils.write_atomically(out_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     for name, figure in draw_all(model, dataset, inputs, caption):

@@ -708,7 +708,7 @@ def epoch_line(row: dict[str, float], options: Options, model: VAE, is_likelihoo
 
 def draw(run: Path, model: VAE, dataset: ImageData, inputs: Tensor, options: Options, history: list) -> None:
     """Writes the pictures that show how far the run has come, of test images whose binarization is `inputs`."""
-    caption = evaluate.describe(dataset, options.binarize, model, len(history))
+    caption = evaluate.describe(dataset.name, options.binarize, model, len(history), dataset.num_held_out)
     figures = {
         "curves.png": draw_curves(history, caption, evaluate.bce_label(model)),
         "reconstructions.png": evaluate.draw_reconstructions(model, dataset, inputs, caption),

@@ -108,7 +108,8 @@ def main() -> None:
     z = model.sample_prior(10)
     with torch.no_grad():
         images = torch.cat([model.given(label).decode(z) for label in classes])
-    title = f"Draws of each class\n{evaluate.describe(dataset, options.binarize, model, options.epochs)}"
+    caption = evaluate.describe(dataset.name, options.binarize, model, options.epochs, dataset.num_held_out)
+    title = f"Draws of each class\n{caption}"
     figure = evaluate.draw_tiles(images, len(classes), dataset.shape, title, dataset.classes)
     evaluate.save_figure(figure, run / "samples_by_class.png")
     print(f"wrote {run / 'samples_by_class.png'}")
