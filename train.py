@@ -17,6 +17,7 @@ import io
 import math
 import numbers
 import os
+import reprlib
 import shutil
 import sys
 import time
@@ -57,10 +58,12 @@ AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheap
 
 Requirement = tuple[str, Callable[[Any], bool]]  # what a good value is, and whether one is good
 COUNT: Requirement = ("a whole number from 1 to 2^31", lambda n: 1 <= n < 2**31)
-POSITIVE: Requirement = ("a number above 0", lambda x: 0 < x < math.inf)
+LAYERS: Requirement = ("a whole number from 1 to 1,000", lambda n: 1 <= n <= 1000)
+POSITIVE: Requirement = ("a number from 1e-37 to 1e37", lambda x: 1e-37 <= x <= 1e37)
+WEIGHT: Requirement = ("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)  # whose gradients float32 can square
 NOT_NEGATIVE: Requirement = ("a number, 0 or above", lambda x: 0 <= x < math.inf)
 WHOLE: Requirement = ("a whole number from 0 to 2^31", lambda n: 0 <= n < 2**31)
-TEXT: Requirement = ("a name or a path", lambda _: True)
+TEXT: Requirement = ("a name or a path", lambda text: "\0" not in str(text))
 SWITCH: Requirement = ("True or False", lambda _: True)
 KINDS = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike), bool: bool}
 
@@ -104,12 +107,12 @@ class Options:
     batch_size: int = option(128, "images per step", COUNT)
     lr: float = option(1.5e-3, "Adam's step size", POSITIVE)
     lr_schedule: str = choice("constant", "cosine falls to 0 at the last epoch", ("constant", "cosine", "burda2016"))
-    beta: float = option(1.0, "weight of the KL in training; the losses printed have it at 1", NOT_NEGATIVE)
+    beta: float = option(1.0, "weight of the KL in training; the losses printed have it at 1", WEIGHT)
     kl_warmup: float = option(0.0, "epochs over which the weight of the KL rises from 0", NOT_NEGATIVE)
     hidden_size: int = option(512, "width of the hidden layers", COUNT)
     latent_size: int = option(20, "dimensions of z", COUNT)
-    encoder_layers: int = option(2, "hidden layers of the encoder", COUNT)
-    decoder_layers: int = option(1, "hidden layers of the decoder", COUNT)
+    encoder_layers: int = option(2, "hidden layers of the encoder", LAYERS)
+    decoder_layers: int = option(1, "hidden layers of the decoder", LAYERS)
     activation: str = choice("relu", "of the hidden layers", tuple(ACTIVATIONS))
     init: str = choice(
         "pytorch",
@@ -123,7 +126,7 @@ class Options:
         "elbo", "the bound that is trained on: the ELBO, or Burda et al.'s (2016)", ("elbo", "iwae")
     )
     importance_samples: int = option(1, "draws of z per image for --objective iwae (1: the ELBO)", COUNT)
-    adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", NOT_NEGATIVE)
+    adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", POSITIVE)
     average: bool = option(True, "evaluate and keep a running average of the weights", SWITCH)
     compile: bool | None = option(
         None,
@@ -144,11 +147,13 @@ class Options:
             value, kind = getattr(self, option.name), kind_of(option)
             if value is None and option.default is None:
                 continue
+            if getattr(value, "ndim", None) == 0:  # NumPy's and PyTorch's numbers become Python's
+                value = value.item()
             text, is_good = option.metadata["requirement"]
             is_kind = isinstance(value, KINDS[kind]) and (kind is bool or not isinstance(value, bool))
             if not (is_kind and is_good(value)):
-                raise UserError(f"{flag(option.name)} must be {text}, not {value}")
-            object.__setattr__(self, option.name, kind(value))  # NumPy's numbers become Python's, and paths text
+                raise UserError(f"{flag(option.name)} must be {text}, not {reprlib.repr(value)}")
+            object.__setattr__(self, option.name, kind(value))  # whole numbers become floats, and paths text
         if self.objective == "elbo" and self.importance_samples > 1:
             raise UserError("--importance-samples is for --objective iwae")
         if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):
@@ -165,7 +170,7 @@ class Options:
         if not saved.get("dataset") or not saved.get("epochs"):
             raise KeyError("dataset or epochs")
         if unknown := sorted(map(str, saved.keys() - names - PLACES)):
-            print(f"warning: no longer options, and left out: {', '.join(unknown)}", file=sys.stderr)
+            print(f"warning: no longer options, and left out: {utils.printable(', '.join(unknown))}", file=sys.stderr)
         return cls(**{name: saved[name] for name in saved.keys() & names})
 
 
@@ -445,9 +450,8 @@ def _fit(
                 if on_epoch:
                     on_epoch(average, history)
     except KeyboardInterrupt as error:
-        what = str(error) or "interrupted"
-        command = "train.py" if type(average) is VAE else sys.argv[0]
-        raise type(error)(f"{what}: python {command} --resume {run} goes on") from None
+        error.run = run  # for main to say how it goes on
+        raise
     return average, history, run
 
 
@@ -784,18 +788,25 @@ def main(model: Model | None = None, description: str | None = __doc__, **defaul
     if is_experiment:
         evaluate.add_nll_samples(parser)
     given = vars(parser.parse_args())
-    nll_samples = given.pop("nll_samples", None)
-    with utils.process_group():
-        if "resume" in given:
-            model, _, run = resume(given.pop("resume"), model, **given)
-        else:
-            model, _, run = train(model=model, **(defaults | given))
-        rank, _ = utils.rank_and_ranks()
+    nll_samples, resumed = given.pop("nll_samples", None), given.pop("resume", None)
+    script, place = sys.argv[0], ["--data-dir", given["data_dir"]] if "data_dir" in given else []
+    try:
+        with utils.process_group():
+            if resumed is None:
+                model, _, run = train(model=model, **(defaults | given))
+            else:
+                model, _, run = resume(resumed, model, **given)
+            rank, _ = utils.rank_and_ranks()
+    except KeyboardInterrupt as error:
+        if hasattr(error, "run"):
+            again = sys.argv if resumed else [script, "--resume", error.run, *place]
+            error.args = (f"{str(error) or 'interrupted'}: {utils.shell_line('python', *again)} goes on",)
+        raise
     if rank == 0 and is_experiment:
         places = {"data_dir": given.get("data_dir", Options.data_dir), "device": next(model.parameters()).device.type}
         evaluate.evaluate_run(run, model, nll_samples=nll_samples, **places)
     elif rank == 0:
-        print(f"done: now try python evaluate.py {run}")
+        print(f"done: now try {utils.shell_line('python', Path(script).with_name('evaluate.py'), run, *place)}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,18 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise UserError(f"in the argument file, {arg_line!r}: {one_line(error)}") from error
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_known_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise UserError(f"an argument file is not text ({one_line(error)})") from error
+        except RecursionError as error:
+            raise UserError("an argument file names itself") from error
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
@@ -63,6 +74,32 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Text without the codes that a terminal obeys: part of it may be from somebody else's file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shell_line(*args: object) -> str:
+    """A command that can be pasted into a shell."""
+    return shlex.join(map(str, args))
+
+
+def open_streams() -> None:
+    """Sees to it that stdout and stderr can be written to: also where they are closed, or can't show every letter."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one, before another file does
+    sys.stdout, sys.stderr = (
+        os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") if stream is None else stream
+        for stream in (sys.stdout, sys.stderr)
+    )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Decorates a command's main function: what a user can cause ends in one line on stderr, without a traceback."""
 
@@ -71,6 +108,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         def terminate(*_: Any) -> None:
             raise Terminated("terminated")
 
+        open_streams()
         previous = signal.signal(signal.SIGTERM, terminate)
         try:
             main(*args, **kwargs)
@@ -92,7 +130,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         finally:
             signal.signal(signal.SIGTERM, previous)
         name = Path(sys.argv[0]).name + (f" on rank {os.environ['RANK']}" if "RANK" in os.environ else "")
-        print(f"{name}: {'error: ' if code == 2 else ''}{message}", file=sys.stderr)
+        print(f"{name}: {'error: ' if code == 2 else ''}{printable(message)}", file=sys.stderr)
         sys.exit(code)
 
     return wrapped

@@ -1,10 +1,12 @@
 """A run that is killed, interrupted, out of disk or damaged loses the epoch in flight at most."""
 
 import csv
+import io
 import multiprocessing
 import os
 import random
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -186,6 +188,53 @@ def test_a_run_stopped_before_its_first_epoch_is_whole(error, place, tmp_path, f
         assert utils.load_checkpoint(tmp_path)[1]["epoch"] == 1
 
 
+def test_what_is_printed_can_be_pasted(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """From a run that is interrupted, over its resumption, interrupted too, to its evaluation."""
+    places, train_epoch = [], train.train_epoch
+
+    def load(name: str, data_dir: str, *args: object) -> ImageData:
+        places.append(data_dir)
+        return thinned(digits, 10)
+
+    def interrupted(*args: object) -> torch.Tensor:
+        if args[4] in stops:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    def goes_on(command: list[str]) -> list[str]:
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with pytest.raises(SystemExit) as stop:
+            train.main()
+        assert stop.value.code == 130
+        error = capsys.readouterr().err
+        return shlex.split(error.removeprefix("train.py: interrupted: ").removesuffix(" goes on\n"))
+
+    for name, value in (("load_dataset", load), ("train_epoch", interrupted), ("draw", lambda *args: None)):
+        monkeypatch.setattr(train, name, value)
+    arguments = [f"{train.flag(name)}={value}" for name, value in OPTIONS.items()]
+    arguments += ["--epochs=2", "--data-dir", "it's here", "--out-dir", str(tmp_path / "my  runs")]
+    stops = {2}
+    command = goes_on(["python", "train.py", *arguments])
+    assert command[:3] == ["python", "train.py", "--resume"]
+    stops = {3}
+    command = goes_on([*command, "--epochs=4"])
+    assert utils.load_checkpoint(command[3])[1]["epoch"] == 2
+    stops = {}
+    monkeypatch.setattr(sys, "argv", command[1:])
+    train.main()
+    assert utils.load_checkpoint(command[3])[1]["epoch"] == 4
+    assert places == ["it's here"] * 3
+    last = capsys.readouterr().out.splitlines()[-1]
+    command = shlex.split(last.removeprefix("done: now try "))
+    assert command == [
+        "python",
+        "evaluate.py",
+        str(tmp_path / "my  runs" / "001-mnist-5k-z3"),
+        "--data-dir",
+        "it's here",
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is not finite
 
@@ -342,6 +391,73 @@ def test_runs_started_together_get_numbers_of_their_own(tmp_path: Path):
     with ThreadPoolExecutor(16) as pool:
         runs = list(pool.map(lambda i: utils.new_run_folder(tmp_path / "runs", "mnist", i), range(100)))
     assert sorted(int(run.name[:3]) for run in runs) == list(range(1, 101))
+
+
+def test_argument_files(tmp_path: Path, fails: Callable):
+    """Quotes and comments are a shell's; what is no such file is refused in one line."""
+    path = tmp_path / "arguments"
+    path.write_text("--dataset 'my digits'  # with a space\n--epochs=3\n")
+    assert vars(train.parse_args([f"@{path}"])) == {"dataset": "my digits", "epochs": 3}
+    for content, says in (
+        (b"--dataset=my digit's", "digit's"),
+        (b"\xff\xfe\x00", "not text"),
+        (f"--epochs=1 @{path}".encode(), "names itself"),
+        (b"--dataset=mnist-5k --out-dir=a\0b", "--out-dir"),
+    ):
+        path.write_bytes(content)
+        assert says in fails(train.main, f"@{path}")
+    assert "missing" in fails(train.main, f"@{tmp_path / 'missing'}")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("closed", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_closed_streams(closed: tuple[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in closed:  # what Python makes of >&- and 2>&-
+        monkeypatch.setattr(sys, name, None)
+    arguments = [f"{train.flag(name)}={value}" for name, value in OPTIONS.items()]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--epochs=1", f"--out-dir={tmp_path}"])
+    train.main()
+    assert utils.load_checkpoint(tmp_path)[1]["epoch"] == 1
+    monkeypatch.setattr(sys, "argv", ["train.py", "--epochs=0"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2
+
+
+def write_without_streams(path: Path) -> None:
+    @utils.command
+    def main() -> None:
+        with open(path, "w") as file:
+            file.write(str(file.fileno()))
+
+    os.closerange(0, 3)
+    main()
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path):
+    """Else what a library writes to stdout would land in it."""
+    process = processes.Process(target=write_without_streams, args=(tmp_path / "file",))
+    process.start()
+    process.join()
+    assert int((tmp_path / "file").read_text()) > 2
+
+
+@pytest.mark.usefixtures("small")
+def test_what_a_terminal_cannot_show_or_must_not_obey(tmp_path, monkeypatch, fails):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    arguments = [f"{train.flag(name)}={value}" for name, value in OPTIONS.items()]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--epochs=1", f"--out-dir={tmp_path / 'é'}"])
+    train.main()
+    shown.flush()
+    assert b"\\xe9" in shown.buffer.getvalue()
+    monkeypatch.undo()
+    run = next((tmp_path / "é").iterdir())
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    checkpoint["options"]["dataset"] = "\033[31mred"
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
+    assert r"\x1b[31mred" in fails(train.main, "--resume", run)
+    assert r"\x1b[31mred" in fails(train.evaluate.main, run)
 
 
 words = st.sampled_from(

@@ -359,6 +359,11 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--objective", "iwae", "--beta", "2"], "--beta"),
         (["--objective", "elbow"], "--objective"),
         (["--adam-eps", "-1"], "--adam-eps"),
+        (["--adam-eps", "0"], "--adam-eps"),
+        (["--adam-eps", "1e-50"], "--adam-eps"),
+        (["--beta", "1e308"], "--beta"),
+        (["--encoder-layers", str(2 * 10**9)], "--encoder-layers"),
+        (["--decoder-layers", "1001"], "--decoder-layers"),
         (["--adam-eps", "inf"], "--adam-eps"),
         (["--epoch", "3"], "--epoch"),
         (["stray"], "stray"),
@@ -471,7 +476,18 @@ def test_options_take_numpys_numbers_and_paths(tmp_path: Path):
     assert (options.lr, options.epochs, options.beta, options.out_dir) == (1e-3, 3, 2.0, str(tmp_path))
     kinds = [type(value) for value in (options.lr, options.epochs, options.beta)]
     assert kinds == [float, int, float]
-    for bad in ({"epochs": True}, {"epochs": 2.0}, {"lr": "1"}, {"average": 1}, {"device": ["cpu"]}, {"seed": None}):
+    options = train.Options(lr=torch.tensor(0.5), epochs=torch.tensor(3), beta=np.array(2.0), average=np.False_)
+    assert (options.lr, options.epochs, options.beta, options.average) == (0.5, 3, 2.0, False)
+    for bad in (
+        {"epochs": True},
+        {"epochs": torch.tensor([2, 3])},
+        {"lr": np.array([0.1])},
+        {"epochs": 2.0},
+        {"lr": "1"},
+        {"average": 1},
+        {"device": ["cpu"]},
+        {"seed": None},
+    ):
         with pytest.raises(UserError, match=f"^{train.flag(next(iter(bad)))} must be"):
             train.Options(**bad)
     with pytest.raises(TypeError, match="epoch"):
