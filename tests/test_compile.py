@@ -1,6 +1,7 @@
 """The step as one compiled function trains as the step of single operations does, and the rules that choose it."""
 
 import copy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -100,18 +101,25 @@ def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
             super().__init__()
             self.encoder[0], self.decoder[0] = (torch.nn.Linear(size, 16, bias=False) for size in (SIZE, 2))
 
-    straight = trained(Normalized, small, tmp_path, 4, compile=True)
-    run = trained(Normalized, small, tmp_path, 2, compile=True)
-    train.resume(run, Normalized(), small, epochs=4)
+    run = tmp_path / "interrupted"
+
+    def interrupted(model: VAE, history: list[dict]) -> None:
+        if len(history) == 2:
+            shutil.copytree(tmp_path / "001-mnist-5k-z2", run)
+
+    options = {"compile": True, "batch_size": 300}  # one size, so one compilation of each run
+    straight = trained(Normalized, small, tmp_path, 4, **options, on_epoch=interrupted)
+    assert utils.read_checkpoint(run)["epoch"] == 2
+    train.resume(run, Normalized(), small)
     assert was_compiled(run)
     resumed, expected = state(run), state(straight)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     adams = [utils.read_checkpoint(path)["optimizer_state_dict"]["state"] for path in (run, straight)]
-    steps = 4 * -(-len(small.train_images) // OPTIONS["batch_size"])
+    steps = 4 * len(small.train_images) / options["batch_size"]
     for ours, other in zip(*(adam.values() for adam in adams), strict=True):
         assert other["step"] == steps
         assert all(torch.equal(ours[name], other[name]) for name in other)
-    eager = trained(Normalized, small, tmp_path, 4, compile=False)
+    eager = trained(Normalized, small, tmp_path, 4, **options | {"compile": False})
     assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
     assert_same_losses(run, eager)
     for name in (name for name in expected if name.endswith(("running_var", "num_batches_tracked"))):
