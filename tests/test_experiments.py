@@ -177,12 +177,14 @@ def test_the_right_labels_say_more_than_wrong_ones(digits: ImageData, tmp_path: 
 
 
 def test_gray_values_have_a_likelihood_and_black_and_white_ones_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.evaluate, "save_figure", lambda *args: None)
     call(monkeypatch, "gray", *SMALL, "--binarize=dynamic", "--out-dir", tmp_path, "--nll-samples=1")
     assert json.loads((tmp_path / "001-mnist-5k-z2" / "metrics.json").read_text())["nll"] is None
     assert "not likelihoods" in capsys.readouterr().out
 
 
 def test_evaluate_names_the_class_of_an_experiments_run(tmp_path: Path, monkeypatch, fails: Callable):
+    monkeypatch.setattr(train.evaluate, "save_figure", lambda *args: None)
     call(monkeypatch, "gray", *SMALL, "--out-dir", tmp_path, "--nll-samples=1")
     assert "GrayVAE" in fails(train.evaluate.main, tmp_path)
     assert "GrayVAE" in fails(train.main, "--resume", tmp_path / "001-mnist-5k-z2", "--epochs=2")

@@ -143,7 +143,7 @@ def test_another_class_called_vae_is_not_taken_for_it(small: ImageData, tmp_path
 
 def integral(model: VAE, targets: Tensor) -> Tensor:
     """-log p(x) of targets (N, D) by summing p(x|z) p(z) over a grid of two latents."""
-    model, step = copy.deepcopy(model).double(), 0.04
+    model, step = copy.deepcopy(model).double(), 0.08
     axis = torch.arange(-6, 6, step, dtype=torch.float64)
     z = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
