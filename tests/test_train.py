@@ -104,6 +104,27 @@ def test_an_epoch_is_plain_adam_on_the_criterion(digits: ImageData, stride: int)
         torch.testing.assert_close(weight, sum(w * step[name] for w, step in zip(weights, averaged, strict=True)))
 
 
+def test_every_epoch_has_an_order_and_pixels_of_its_own(digits: ImageData):
+    images, model = digits.test_images.flatten(1), VAE(784, 4, 2)
+
+    def draws(epoch: int) -> tuple[list[int], torch.Tensor]:
+        order, pixels = [], torch.empty(images.shape)
+
+        def step(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+            order.extend(batch.tolist())
+            pixels[batch], _ = train.binarize(images[batch], "dynamic")
+            return torch.zeros(())
+
+        train.train_epoch(step, model, copy.deepcopy(model), images, epoch, train.Options(), train.tqdm(disable=True))
+        return order, pixels
+
+    (first, pixels), (second, other_pixels), (again, same_pixels) = map(draws, (1, 2, 1))
+    assert first == again != second
+    assert torch.equal(pixels, same_pixels)
+    is_gray = (images > 64) & (images < 192)
+    assert (pixels != other_pixels)[is_gray].float().mean() > 0.3  # of fair coins, a half
+
+
 def test_initialize(digits: ImageData):
     """Glorot & Bengio's uniform law (2010, eq. 16), and a decoder that, of nothing, makes the mean image."""
     torch.manual_seed(0)
