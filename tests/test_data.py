@@ -185,3 +185,15 @@ def test_the_test_set_is_binarized_once_and_for_all(digits: ImageData):
     state = torch.get_rng_state()
     assert torch.equal(first, binarize_test_set(digits.test_images, "dynamic")[0])
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_sample_of_the_test_set_is_the_one_that_figures_were_published_for(digits: ImageData):
+    """Of 16 bits a pixel from NumPy's Mersenne twister: any other would move every figure in the README."""
+    pixels = digits.test_images.numel()
+    words = np.random.RandomState(0).randint(0, 2**32, pixels // 2, dtype=np.uint32)
+    low_words_first = words.reshape(-1, 2)[:, ::-1].astype("<u4")
+    draws = np.frombuffer(low_words_first.tobytes(), "<i2").reshape(-1, 784) + 2.0**15
+    expected = draws < digits.test_images.flatten(1).numpy() * (2**16 / 255)
+    inputs, targets = binarize_test_set(digits.test_images, "dynamic")
+    assert torch.equal(inputs, targets)
+    assert np.array_equal(inputs, expected)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import multiprocessing
 import os
 import random
 import resource
@@ -24,12 +23,10 @@ import train
 import utils
 from data import ImageData
 from model import VAE, kl_divergence
-from tests.conftest import thinned
+from tests.conftest import processes, thinned
 from utils import UserError
 
 OPTIONS = {"hidden_size": 16, "latent_size": 3, "batch_size": 100, "device": "cpu", "dataset": "mnist-5k"}
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train", "hypothesis", "pytest"])
 
 
 @pytest.fixture
@@ -100,7 +97,7 @@ def test_killed_at_random_moments(number: signal.Signals, codes: set[int], tmp_p
         process.start()
         if kills >= 3:  # the first are killed as they start, those after them as they train and save
             wait_for_an_epoch(out_dir)
-        time.sleep(moments.uniform(0, 0.6))
+        time.sleep(moments.uniform(0, 0.6 if kills < 3 else 0.2))
         os.kill(process.pid, number)
         process.join()
         assert process.exitcode in codes
@@ -137,31 +134,38 @@ def test_disk_full(tmp_path: Path, digits: ImageData):
     assert epochs_in_csv(run) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_say_how_to_go_on(number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    args = [sys.executable, "-u", train.__file__, *arguments, "--no-compile", "--epochs=10000", f"--out-dir={tmp_path}"]
+def test_signals_say_how_to_go_on(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command itself, one for each signal, side by side."""
+    options = OPTIONS | {"dataset": few_digits, "out_dir": tmp_path}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    args = [sys.executable, "-u", train.__file__, *arguments, "--no-compile", "--epochs=10000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(args, **pipes, preexec_fn=heed_ctrl_c) as process:
-        try:
-            for line in process.stdout:
-                if line.startswith("epoch     2"):
-                    process.send_signal(number)
-                    break
-            _, error = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    run = tmp_path / "001-mnist-5k-z3"
-    assert process.returncode == code
-    assert f"--resume {run} goes on" in error
-    assert error.count("\n") == 1
-    epoch = utils.load_checkpoint(run)[1]["epoch"]
-    assert epoch >= 2
+    codes = {signal.SIGTERM: 143, signal.SIGINT: 130}
+    started = {number: subprocess.Popen(args, **pipes, preexec_fn=heed_ctrl_c) for number in codes}
+    runs = []
+    for number, process in started.items():
+        with process:
+            try:
+                for line in process.stdout:
+                    if "writing to" in line:
+                        runs.append(Path(line.split()[-1]))
+                    if line.startswith("epoch     2"):
+                        process.send_signal(number)
+                        break
+                _, error = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        assert process.returncode == codes[number]
+        assert f"--resume {runs[-1]} goes on" in error
+        assert error.count("\n") == 1
+    epochs = [utils.load_checkpoint(run)[1]["epoch"] for run in runs]
+    assert min(epochs) >= 2
     monkeypatch.setattr(train, "draw", lambda *args: None)
-    train.resume(run, epochs=epoch + 1)
-    _, _, straight = train.train(**OPTIONS, epochs=epoch + 1, out_dir=str(tmp_path))
-    assert same_weights(run, straight)
-    assert epochs_in_csv(run) == list(range(1, epoch + 2))
+    _, _, straight = train.train(**options, epochs=max(epochs) + 1)
+    for run in runs:
+        train.resume(run, epochs=max(epochs) + 1)
+        assert same_weights(run, straight)
+        assert epochs_in_csv(run) == list(range(1, max(epochs) + 2))
 
 
 @pytest.mark.usefixtures("small")
@@ -304,8 +308,9 @@ def test_flipped_bytes_never_load_wrong(flips: list, whole_file: bytes, tmp_path
     data = bytearray(whole_file)
     for place, mask in flips:
         data[place * len(data) // 10**6] ^= mask
-    weights, original = load(bytes(data), folder), load(whole_file, folder)
-    assert weights is None or all(torch.equal(weights[name], original[name]) for name in original)
+    if (weights := load(bytes(data), folder)) is not None:
+        original = load(whole_file, folder)
+        assert all(torch.equal(weights[name], original[name]) for name in original)
 
 
 @pytest.mark.usefixtures("small")

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import train
+from data import ImageData
+from tests.conftest import thinned
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -15,8 +20,12 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_example(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_example(code: str, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On few digits."""
     monkeypatch.chdir(tmp_path)
+    few = thinned(digits, 10)
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: few)
     exec(compile(code, "README.md", "exec"), {})
 
 

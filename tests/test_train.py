@@ -5,11 +5,13 @@ import csv
 import errno
 import math
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ from utils import UserError
 
 SMALL = {"dataset": "mnist-5k", "hidden_size": 16, "latent_size": 3, "batch_size": 500, "device": "cpu"}
 SMALL_ARGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+OURS = ("model", "utils", "data", "evaluate", "train")
+INSTALL = "pip install -r requirements.txt"
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +102,27 @@ def test_an_epoch_is_plain_adam_on_the_criterion(digits: ImageData, stride: int)
     assert sum(weights) == pytest.approx(1)
     for name, weight in average.state_dict().items():
         torch.testing.assert_close(weight, sum(w * step[name] for w, step in zip(weights, averaged, strict=True)))
+
+
+def test_every_epoch_has_an_order_and_pixels_of_its_own(digits: ImageData):
+    images, model = digits.test_images.flatten(1), VAE(784, 4, 2)
+
+    def draws(epoch: int) -> tuple[list[int], torch.Tensor]:
+        order, pixels = [], torch.empty(images.shape)
+
+        def step(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+            order.extend(batch.tolist())
+            pixels[batch], _ = train.binarize(images[batch], "dynamic")
+            return torch.zeros(())
+
+        train.train_epoch(step, model, copy.deepcopy(model), images, epoch, train.Options(), train.tqdm(disable=True))
+        return order, pixels
+
+    (first, pixels), (second, other_pixels), (again, same_pixels) = map(draws, (1, 2, 1))
+    assert first == again != second
+    assert torch.equal(pixels, same_pixels)
+    is_gray = (images > 64) & (images < 192)
+    assert (pixels != other_pixels)[is_gray].float().mean() > 0.3  # of fair coins, a half
 
 
 def test_initialize(digits: ImageData):
@@ -196,6 +221,7 @@ def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert model.sample(4).shape == (4, 156)
     names = {"checkpoint.pt", "metrics.csv", "curves.png", "reconstructions.png", "prior_samples.png"}
     assert {path.name for path in run.iterdir()} == names
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     train.resume(run, epochs=4, dataset=mine)
     _, _, straight = train.train(mine, **options, epochs=4)
     assert same_weights(run, straight)
@@ -512,15 +538,31 @@ def test_too_large_for_memory(tmp_path: Path, fails: Callable):
     assert "memory" in message
 
 
-@pytest.mark.parametrize("package", ["torch", "tqdm", "mlxtend", "matplotlib"])
-def test_missing_package(package: str, tmp_path: Path):
-    """A real process in which the package can't be imported."""
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")
-    args = [sys.executable, train.__file__, *SMALL_ARGS, "--epochs=1", f"--out-dir={tmp_path / 'runs'}"]
+@pytest.mark.parametrize("command", [train, train.evaluate])
+def test_pytorch_is_missing(command: ModuleType, tmp_path: Path):
+    """A real process in which it can't be imported."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
+    args = [sys.executable, command.__file__, "run"]
     done = subprocess.run(args, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert re.search(rf"{package}.* is missing: pip install -r requirements.txt", done.stderr)
+    assert done.stderr == f"{command.__name__}.py: error: the package torch is missing: {INSTALL}\n"
+
+
+@pytest.mark.parametrize("package", ["tqdm", "torchvision", "mlxtend", "matplotlib"])
+def test_a_package_is_missing(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """All that is ours is imported anew."""
+    for name in [name for name in sys.modules if name.split(".")[0] in (package, *OURS)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    dataset = "mnist" if package == "torchvision" else "mnist-5k"
+    args = [*SMALL_ARGS, f"--dataset={dataset}", "--epochs=1", f"--out-dir={tmp_path / 'runs'}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.fullmatch(f"train.py: error: .*{package}.*: {INSTALL}\n", error)
 
 
 def test_help_lists_every_argument_of_train_and_its_default(monkeypatch: pytest.MonkeyPatch, capsys):
