@@ -1,0 +1,141 @@
+"""Films docs/index.html for the README: python assets/page.py writes page.gif beside itself. Needs Chromium."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from base64 import b64decode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Browser:
+    """A page in headless Chromium, driven through the DevTools protocol over a pipe, which needs no package.
+
+    `errors` collects what goes wrong in the page: exceptions, console.error, and requests of anything but the page.
+    """
+
+    def __init__(self, read: int, write: int):
+        self.replies, self.commands = os.fdopen(read, "rb", 0), os.fdopen(write, "wb", 0)
+        self.buffer, self.number, self.session, self.errors, self.events = b"", 0, None, [], []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Sends a command and waits for its result. Raises RuntimeError for one that fails."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        self.commands.write(json.dumps(message).encode() + b"\0")
+        while (reply := self._read()).get("id") != self.number:
+            self._note(reply)
+        if "error" in reply:
+            raise RuntimeError(f"{method}: {reply['error']['message']}")
+        return reply["result"]
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self.buffer:
+            if not (chunk := self.replies.read(1 << 20)):
+                raise RuntimeError("Chromium ended")
+            self.buffer += chunk
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        method, params = event.get("method"), event.get("params", {})
+        self.events.append(method)
+        if method == "Runtime.exceptionThrown":
+            self.errors.append(params["exceptionDetails"].get("exception", {}).get("description", str(params)))
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.errors.append(str(params["args"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.errors.append(params["entry"]["text"])
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
+            self.errors.append(params["request"]["url"])
+
+    def open(self, url: str) -> None:
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        while "Page.loadEventFired" not in self.events:
+            self._note(self._read())
+
+    def run(self, script: str) -> Any:
+        """The value of an expression, awaited if it is a promise. Raises RuntimeError where it throws."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in result:
+            raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
+        return result["result"].get("value")
+
+    def resize(self, width: int, height: int, scale: float = 1, dark: bool = False, touch: bool = False) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": touch}
+        self.call("Emulation.setDeviceMetricsOverride", **metrics)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def place(self, selector: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
+        """A place in an element, in shares of its width and height -> on the screen, after scrolling there."""
+        return tuple(self.run(f"""(() => {{
+            const element = document.querySelector({json.dumps(selector)});
+            element.scrollIntoView({{ block: "nearest", behavior: "instant" }});
+            const box = element.getBoundingClientRect();
+            return [box.left + {x} * box.width, box.top + {y} * box.height];
+        }})()"""))
+
+    def mouse(self, kind: str, x: float, y: float) -> None:
+        """kind: Pressed, Moved or Released."""
+        held = {"button": "left", "buttons": int(kind != "Released"), "clickCount": int(kind != "Moved")}
+        self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, **held)
+
+    def touch(self, kind: str, *place: float) -> None:
+        """kind: Start, Move or End, which has no place."""
+        points = [{"x": place[0], "y": place[1]}] if place else []
+        self.call("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=points)
+
+    def key(self, name: str, shift: bool = False) -> None:
+        codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "Enter": 13, " ": 32}
+        key = {"key": name, "windowsVirtualKeyCode": codes[name], "modifiers": 8 * shift}
+        text = {"text": {"Enter": "\r", " ": " "}[name]} if name in ("Enter", " ") else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **key, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **key)
+
+    def screenshot(self) -> bytes:
+        """What the window shows, as PNG."""
+        return b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+
+
+@contextlib.contextmanager
+def open_browser(profile: Path) -> Iterator[Browser]:
+    """Starts Chromium, with its files in the folder `profile`, and ends it. Raises FileNotFoundError without one."""
+    if not BROWSER:
+        raise FileNotFoundError("no Chromium on this machine (Debian: apt-get install chromium)")
+    (command_out, command_in), (reply_out, reply_in) = os.pipe(), os.pipe()
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    pipes = f"exec 3<&{command_out} 4>&{reply_in}; exec \"$@\""  # Chromium reads commands from 3, and replies to 4
+    process = subprocess.Popen(
+        ["bash", "-c", pipes, "bash", BROWSER, *flags],
+        pass_fds=(command_out, reply_in),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(command_out)
+    os.close(reply_in)
+    try:
+        browser = Browser(reply_out, command_in)
+        yield browser
+        browser.session = None
+        browser.call("Browser.close")
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()

@@ -1,0 +1,146 @@
+"use strict";
+
+// The networks of model.py, its losses, and MNIST's normalization of a drawing. Nothing here touches the page.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrices, which stand in the page as rows of 16-bit whole numbers with a scale per row
+
+function readBytes(base64) {
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
+const readFloats = base64 => new Float32Array(readBytes(base64).buffer);
+
+function readMatrix({ scales, values }) {  // -> its rows, each a Float32Array
+  const whole = new Int16Array(readBytes(values).buffer), size = whole.length / readFloats(scales).length;
+  return Array.from(readFloats(scales), (scale, row) => {
+    return Float32Array.from(whole.subarray(row * size, (row + 1) * size), value => scale * value);
+  });
+}
+
+const readLayers = layers => layers.map(({ weight, bias }) => ({ weight: readMatrix(weight), bias: readFloats(bias) }));
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model: fully connected layers. A layer's weight holds a row for each of its inputs
+
+const sigmoid = x => 1 / (1 + Math.exp(-x));
+const activations = { relu: x => Math.max(x, 0), tanh: Math.tanh, silu: x => x * sigmoid(x) };
+
+function linear({ weight, bias }, x) {
+  const y = Float64Array.from(bias), rows = [], by = [];
+  for (let j = 0; j < x.length; j++) if (x[j] !== 0) rows.push(weight[j]), by.push(x[j]);  // most pixels are 0
+  while (rows.length % 4) rows.push(weight[0]), by.push(0);
+  for (let k = 0; k < rows.length; k += 4) {  // four at a time, so that y is read and written a quarter as often
+    const p = rows[k], q = rows[k + 1], r = rows[k + 2], s = rows[k + 3];
+    const a = by[k], b = by[k + 1], c = by[k + 2], d = by[k + 3];
+    for (let i = 0; i < y.length; i++) y[i] += a * p[i] + b * q[i] + c * r[i] + d * s[i];
+  }
+  return y;
+}
+
+function readModel({ size, order, activation, encoder, mu, logvar, decoder, prior, points }) {
+  const activate = activations[activation];
+  const hidden = (layers, x) => layers.reduce((h, layer) => linear(layer, h).map(activate), x);
+  const decoderLayers = readLayers(decoder), outputLayer = decoderLayers.pop();
+  const model = { size, order, points: points && readMatrix(points) };
+
+  model.logits = z => linear(outputLayer, hidden(decoderLayers, z));
+  model.decode = z => model.logits(z).map(sigmoid);
+
+  if (encoder) {
+    const encoderLayers = readLayers(encoder), [muLayer, logvarLayer] = readLayers([mu, logvar]);
+    model.encode = x => {
+      const h = hidden(encoderLayers, x), logvar = linear(logvarLayer, h);
+      return { mu: linear(muLayer, h), logvar, std: logvar.map(value => Math.exp(0.5 * value)) };
+    };
+  }
+
+  // A draw of the prior, spread `temperature` times as far: of N(0, I), or of one posterior of the VampPrior's mixture
+  const components = prior && { mu: readMatrix(prior.mu), std: readMatrix(prior.std) };
+  model.drawPrior = random => {
+    const k = components && Math.floor(random() * components.mu.length);
+    const eps = new Float64Array(size).map(() => normal(random));
+    const [mean, std] = components ? [components.mu[k], components.std[k]] : [eps.map(() => 0), eps.map(() => 1)];
+    return temperature => eps.map((value, i) => mean[i] + temperature * std[i] * value);
+  };
+  return model;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loss's two terms, in nats, and draws
+
+const bceByPixel = (logits, x) => logits.map((l, i) => Math.max(l, 0) - l * x[i] + Math.log1p(Math.exp(-Math.abs(l))));
+const klByLatent = ({ mu, logvar }) => mu.map((m, i) => -0.5 * (1 + logvar[i] - m * m - Math.exp(logvar[i])));
+const sum = values => values.reduce((a, b) => a + b, 0);
+
+function generator(seed) {  // uniform in [0, 1), the same for a seed in every browser: mulberry32
+  return () => {
+    seed = seed + 0x6d2b79f5 | 0;
+    let t = Math.imul(seed ^ seed >>> 15, 1 | seed);
+    t = t + Math.imul(t ^ t >>> 7, 61 | t) ^ t;
+    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
+  };
+}
+
+function normal(random) {  // Box-Muller
+  return Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Points of the latent space
+
+const mix = (a, b, t) => Float64Array.from(a, (value, i) => value + t * (b[i] - value));
+const squaredDistance = (a, b) => a.reduce((total, value, i) => total + (value - b[i]) ** 2, 0);
+
+function nearestClass(points, labels, z, count = 5) {  // by vote of the nearest points; the nearest decides a tie
+  const near = points.map((point, i) => [squaredDistance(point, z), labels[i]]).sort((a, b) => a[0] - b[0]);
+  const votes = near.slice(0, count).map(([, label]) => label);
+  const number = label => votes.filter(other => other === label).length;
+  return votes.reduce((best, label) => number(label) > number(best) ? label : best);
+}
+
+function closedPath(stops, t) {  // a Catmull-Rom curve through all stops and back, which is at stops[i] for t = i
+  const i = Math.floor(t), s = t - i, [a, b, c, d] = [-1, 0, 1, 2].map(k => stops[(i + k + stops.length) % stops.length]);
+  const at = k => b[k] + 0.5 * s * (c[k] - a[k] + s * (2 * a[k] - 5 * b[k] + 4 * c[k] - d[k]
+    + s * (3 * (b[k] - c[k]) + d[k] - a[k])));
+  return Float64Array.from(b, (_, k) => at(k));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A drawing as MNIST has its digits: they fill a box of 20 of 28 pixels, and their centre of mass is the image's centre
+
+const PEN = 1.15;  // half the width of a line, in pixels of 28, which gives as much ink as MNIST's digits have
+
+function rasterize(strokes, height, width) {  // strokes: lists of points [x, y], in any unit -> pixels in [0, 1]
+  const points = strokes.flat(), unit = Math.min(height, width) / 28;
+  if (!points.length) return new Float32Array(height * width);
+  const [xs, ys] = [0, 1].map(axis => points.map(point => point[axis]));
+  const [left, top] = [Math.min(...xs), Math.min(...ys)];
+  const extent = Math.max(Math.max(...xs) - left, Math.max(...ys) - top);
+  const scale = unit * (20 - 2 * PEN) / Math.max(extent, 1e-9);
+  const placed = (dx, dy) => strokes.map(stroke => stroke.map(([x, y]) => [scale * (x - left) + dx, scale * (y - top) + dy]));
+  const first = paint(placed(4 * unit, 4 * unit), height, width, unit * PEN), mass = sum(first);
+  const centre = [i => i % width, i => Math.floor(i / width)].map(place => sum(first.map((p, i) => p * (place(i) + 0.5))) / mass);
+  return paint(placed(4 * unit + width / 2 - centre[0], 4 * unit + height / 2 - centre[1]), height, width, unit * PEN);
+}
+
+function paint(strokes, height, width, pen) {  // lines with round ends; a pixel's value is about its covered share
+  const pixels = new Float32Array(height * width);
+  const segments = strokes.flatMap(stroke => stroke.map((point, i) => [stroke[Math.max(0, i - 1)], point]));
+  for (const [[ax, ay], [bx, by]] of segments) {
+    const [dx, dy] = [bx - ax, by - ay], length = dx * dx + dy * dy, reach = pen + 0.5;
+    const [left, right] = [Math.max(0, Math.floor(Math.min(ax, bx) - reach)), Math.min(width, Math.max(ax, bx) + reach)];
+    const [top, bottom] = [Math.max(0, Math.floor(Math.min(ay, by) - reach)), Math.min(height, Math.max(ay, by) + reach)];
+    for (let row = top; row < bottom; row++) {
+      for (let column = left; column < right; column++) {
+        const [px, py] = [column + 0.5 - ax, row + 0.5 - ay];
+        const share = length ? Math.max(0, Math.min(1, (px * dx + py * dy) / length)) : 0;
+        const covered = Math.min(1, reach - Math.hypot(px - share * dx, py - share * dy)), i = row * width + column;
+        if (covered > pixels[i]) pixels[i] = covered;
+      }
+    }
+  }
+  return pixels;
+}
