@@ -321,14 +321,16 @@ def class_colors(num_classes: int) -> list[Any]:
 
 def make_explorer(model: VAE, dataset: ImageData, caption: str) -> str:
     """A web page in which the latent space of a model can be explored. Raises UserError as check_explorer does."""
-    check_explorer(model, dataset)
-    about = ["What the encoder and the decoder of a variational autoencoder make of images, and of points between them."]
+    check_explorer(model)
+    about = [
+        "What the encoder and the decoder of a variational autoencoder make of images, and of points between them."
+    ]
     images, labels = dataset.test_images, dataset.test_labels
     return make_page("Latent explorer", about, {"main": model}, {"main": caption}, images, labels, dataset.classes)
 
 
-def check_explorer(model: VAE, dataset: ImageData) -> None:
-    """Raises UserError for a model or images that the explorer can't show."""
+def check_explorer(model: VAE) -> None:
+    """Raises UserError for a model that the explorer can't show."""
     methods = ("outputs", "mean", "log_likelihood", "log_prior", "sample_prior", "kl_by_latent")
     if type(model.decoder) is not Decoder or any(
         getattr(type(model), name) is not getattr(VAE, name) for name in methods
@@ -495,7 +497,7 @@ def evaluate_run(
             check_same_images(checkpoint, dataset, path)
     check_images(model, dataset)
     if explorer:
-        check_explorer(model, dataset)
+        check_explorer(model)
     out_dir = Path(out_dir or path.parent)
     out_dir.mkdir(parents=True, exist_ok=True)
 

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import time
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,36 +73,61 @@ class Browser:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
 
-    def resize(self, width: int, height: int, scale: float = 1, dark: bool = False, touch: bool = False) -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": touch}
+    def resize(
+        self, width: int, height: int, scale: float = 1, phone: bool = False, dark: bool = False, still: bool = False
+    ) -> None:
+        """The window, and what its user prefers: dark colours, little motion."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone}
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
-        self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
+        preferences = {
+            "prefers-color-scheme": "dark" if dark else "light",
+            "prefers-reduced-motion": "reduce" if still else "no-preference",
+        }
+        features = [{"name": name, "value": value} for name, value in preferences.items()]
+        self.call("Emulation.setEmulatedMedia", features=features)
 
     def place(self, selector: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
         """A place in an element, in shares of its width and height -> on the screen, after scrolling there."""
-        return tuple(self.run(f"""(() => {{
+        return tuple(
+            self.run(f"""(() => {{
             const element = document.querySelector({json.dumps(selector)});
             element.scrollIntoView({{ block: "nearest", behavior: "instant" }});
             const box = element.getBoundingClientRect();
             return [box.left + {x} * box.width, box.top + {y} * box.height];
-        }})()"""))
+        }})()""")
+        )
 
-    def mouse(self, kind: str, x: float, y: float) -> None:
-        """kind: Pressed, Moved or Released."""
-        held = {"button": "left", "buttons": int(kind != "Released"), "clickCount": int(kind != "Moved")}
-        self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, **held)
+    def point(self, kind: str, place: tuple[float, float], touch: bool = False) -> None:
+        """What a mouse or a finger does at a place on the screen. kind: press, move or release."""
+        x, y = place
+        if touch:
+            kinds = {"press": "touchStart", "move": "touchMove", "release": "touchEnd"}
+            points = [] if kind == "release" else [{"x": x, "y": y}]
+            self.call("Input.dispatchTouchEvent", type=kinds[kind], touchPoints=points)
+        else:
+            kinds = {"press": "mousePressed", "move": "mouseMoved", "release": "mouseReleased"}
+            held = {"button": "left", "buttons": int(kind != "release"), "clickCount": int(kind != "move")}
+            self.call("Input.dispatchMouseEvent", type=kinds[kind], x=x, y=y, **held)
 
-    def touch(self, kind: str, *place: float) -> None:
-        """kind: Start, Move or End, which has no place."""
-        points = [{"x": place[0], "y": place[1]}] if place else []
-        self.call("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=points)
+    def drag(self, places: list[tuple[float, float]], touch: bool = False) -> None:
+        self.point("press", places[0], touch)
+        for place in places[1:]:
+            self.point("move", place, touch)
+        self.point("release", places[-1], touch)
 
     def key(self, name: str, shift: bool = False) -> None:
-        codes = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "Enter": 13, " ": 32}
+        codes = {
+            "Enter": 13,
+            "PageUp": 33,
+            "Home": 36,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+        }
         key = {"key": name, "windowsVirtualKeyCode": codes[name], "modifiers": 8 * shift}
-        text = {"text": {"Enter": "\r", " ": " "}[name]} if name in ("Enter", " ") else {}
+        text = {"text": "\r"} if name == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", **key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
@@ -120,7 +143,7 @@ def open_browser(profile: Path) -> Iterator[Browser]:
         raise FileNotFoundError("no Chromium on this machine (Debian: apt-get install chromium)")
     (command_out, command_in), (reply_out, reply_in) = os.pipe(), os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-    pipes = f"exec 3<&{command_out} 4>&{reply_in}; exec \"$@\""  # Chromium reads commands from 3, and replies to 4
+    pipes = f'exec 3<&{command_out} 4>&{reply_in}; exec "$@"'  # Chromium reads commands from 3, and replies to 4
     process = subprocess.Popen(
         ["bash", "-c", pipes, "bash", BROWSER, *flags],
         pass_fds=(command_out, reply_in),

@@ -14,9 +14,11 @@ function readBytes(base64) {
 const readFloats = base64 => new Float32Array(readBytes(base64).buffer);
 
 function readMatrix({ scales, values }) {  // -> its rows, each a Float32Array
-  const whole = new Int16Array(readBytes(values).buffer), size = whole.length / readFloats(scales).length;
-  return Array.from(readFloats(scales), (scale, row) => {
-    return Float32Array.from(whole.subarray(row * size, (row + 1) * size), value => scale * value);
+  const whole = new Int16Array(readBytes(values).buffer), rows = readFloats(scales), size = whole.length / rows.length;
+  return Array.from(rows, (scale, row) => {
+    const floats = new Float32Array(size);
+    for (let i = 0, j = row * size; i < size; i++, j++) floats[i] = scale * whole[j];
+    return floats;
   });
 }
 
@@ -92,13 +94,29 @@ function normal(random) {  // Box-Muller
 // Points of the latent space
 
 const mix = (a, b, t) => Float64Array.from(a, (value, i) => value + t * (b[i] - value));
-const squaredDistance = (a, b) => a.reduce((total, value, i) => total + (value - b[i]) ** 2, 0);
+
+function squaredDistance(a, b) {
+  let total = 0;
+  for (let i = 0; i < a.length; i++) total += (a[i] - b[i]) ** 2;
+  return total;
+}
 
 function nearestClass(points, labels, z, count = 5) {  // by vote of the nearest points; the nearest decides a tie
-  const near = points.map((point, i) => [squaredDistance(point, z), labels[i]]).sort((a, b) => a[0] - b[0]);
-  const votes = near.slice(0, count).map(([, label]) => label);
+  const distances = points.map(point => squaredDistance(point, z)), votes = [];
+  while (votes.length < Math.min(count, points.length)) {
+    const nearest = distances.reduce((best, distance, i) => distance < distances[best] ? i : best, 0);
+    votes.push(labels[nearest]);
+    distances[nearest] = Infinity;
+  }
   const number = label => votes.filter(other => other === label).length;
   return votes.reduce((best, label) => number(label) > number(best) ? label : best);
+}
+
+function mostTypical(points, labels, label) {  // -> the point that has most of its own class around it, and least of others
+  const near = (a, b) => Math.exp(-squaredDistance(a, b) / (0.12 * a.length));
+  const score = a => sum(points.map((b, i) => labels[i] === label ? near(a, b) : -near(a, b)));
+  const own = points.filter((_, i) => labels[i] === label), scores = own.map(score);
+  return own[scores.indexOf(Math.max(...scores))];
 }
 
 function closedPath(stops, t) {  // a Catmull-Rom curve through all stops and back, which is at stops[i] for t = i
@@ -111,15 +129,15 @@ function closedPath(stops, t) {  // a Catmull-Rom curve through all stops and ba
 // ---------------------------------------------------------------------------------------------------------------------
 // A drawing as MNIST has its digits: they fill a box of 20 of 28 pixels, and their centre of mass is the image's centre
 
-const PEN = 1.15;  // half the width of a line, in pixels of 28, which gives as much ink as MNIST's digits have
+const PEN = 1.3;  // half the width of a line, in pixels of 28, which gives as much ink as MNIST's digits have
 
-function rasterize(strokes, height, width) {  // strokes: lists of points [x, y], in any unit -> pixels in [0, 1]
+function rasterize(strokes, height, width) {  // strokes: lists of points [x, y], in shares of the canvas's width -> pixels
   const points = strokes.flat(), unit = Math.min(height, width) / 28;
   if (!points.length) return new Float32Array(height * width);
   const [xs, ys] = [0, 1].map(axis => points.map(point => point[axis]));
   const [left, top] = [Math.min(...xs), Math.min(...ys)];
   const extent = Math.max(Math.max(...xs) - left, Math.max(...ys) - top);
-  const scale = unit * (20 - 2 * PEN) / Math.max(extent, 1e-9);
+  const scale = unit * (20 - 2 * PEN) / Math.max(extent, 0.1);
   const placed = (dx, dy) => strokes.map(stroke => stroke.map(([x, y]) => [scale * (x - left) + dx, scale * (y - top) + dy]));
   const first = paint(placed(4 * unit, 4 * unit), height, width, unit * PEN), mass = sum(first);
   const centre = [i => i % width, i => Math.floor(i / width)].map(place => sum(first.map((p, i) => p * (place(i) + 0.5))) / mass);

@@ -8,7 +8,8 @@ const bytes = readBytes(data.images);  // of images whose posterior means are th
 const images = Array.from({ length: bytes.length / (height * width) }, (_, i) => {
   return Float32Array.from(bytes.subarray(i * height * width, (i + 1) * height * width), byte => byte / 255);
 });
-const EXTENT = 3.5;  // sliders and maps show latents from -EXTENT to EXTENT
+const DOTS = 500;  // of the points, on a map
+const EXTENT = 4;  // sliders and maps show latents from -EXTENT to EXTENT
 const clamp = value => Math.max(-EXTENT, Math.min(EXTENT, value));
 const latentName = latent => `z${[...String(latent + 1)].map(digit => "₀₁₂₃₄₅₆₇₈₉"[digit]).join("")}`;
 const signed = (value, digits = 2) => value.toFixed(digits).replace(/^-0\.?0*$/, "0").replace("-", "−");
@@ -79,6 +80,7 @@ function makeSliders(box, model, onInput) {  // of all latents, those that say m
     const label = make("label", box, { className: "slider" });
     label.append(latentName(latent));
     sliders[latent] = make("input", label, { type: "range", min: -EXTENT, max: EXTENT, step: 0.01, value: 0 });
+    sliders[latent].setAttribute("aria-label", `Latent ${latent + 1}`);
     sliders[latent].oninput = () => onInput(latent, Number(sliders[latent].value));
     make("output", label);
   }
@@ -87,44 +89,44 @@ function makeSliders(box, model, onInput) {  // of all latents, those that say m
 
 function setSlider(slider, value, text = signed(value)) {
   slider.value = value;
+  slider.setAttribute("aria-valuetext", text);
   setText(slider.nextElementSibling, text);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The map: two latents of a model, with the posterior means of images as dots. One latent unit is 100 long
 
-function makeMap(box, dots = 500) {
+function makeMap(box) {
   const [across, up] = map.order, at = mu => ({ cx: 100 * mu[across], cy: -100 * mu[up] });
   const canvas = make("canvas", box), size = 100 * EXTENT;
   const svg = makeSvg("svg", box, { viewBox: `${-size} ${-size} ${2 * size} ${2 * size}`, "aria-hidden": true });
-  for (let value = -3; value <= 3; value++) {
+  for (let value = 1 - EXTENT; value < EXTENT; value++) {
     const kind = value ? "grid" : "axis";
     makeSvg("path", svg, { class: kind, d: `M${100 * value} ${-size}V${size}M${-size} ${100 * value}H${size}` });
   }
-  map.points.slice(0, dots).forEach((mu, i) => makeSvg("circle", svg, { ...at(mu), r: 5, fill: colors[labels[i]] }));
+  const dots = makeSvg("g", svg, { class: "dots" });
+  map.points.slice(0, DOTS).forEach((mu, i) => makeSvg("circle", dots, { ...at(mu), r: 5, fill: colors[labels[i]] }));
   if (classes.length <= 20) {
     stops.forEach(({ label, mu }) => {
       const { cx: x, cy: y } = at(mu);
       makeSvg("text", svg, { x, y }).textContent = classes[label];
     });
   }
-  const path = makeSvg("path", svg, { class: "path" });
+  const path = makeSvg("path", svg, { class: "path" }), cross = makeSvg("path", svg, { class: "cross" });
   const ellipses = [2, 1].map(sigmas => [sigmas, makeSvg("ellipse", svg, { class: "spread" })]);
   const marker = makeSvg("circle", svg, { class: "marker", r: 14 });
-  return {
-    canvas,
-    path,
-    place(mu, std) {
-      setAttributes(marker, at(mu));
-      if (!std) return;
-      ellipses.forEach(([n, ellipse]) => setAttributes(ellipse, { ...at(mu), rx: 100 * n * std[across], ry: 100 * n * std[up] }));
-    },
-  };
+  function place(mu, std) {  // a point, or a posterior: ellipses of one and two standard deviations
+    const { cx, cy } = at(mu);
+    if (!std) return setAttributes(marker, { cx, cy });
+    marker.remove();
+    setAttributes(cross, { d: `M${cx} ${-size}V${size}M${-size} ${cy}H${size}` });
+    ellipses.forEach(([n, ellipse]) => setAttributes(ellipse, { cx, cy, rx: 100 * n * std[across], ry: 100 * n * std[up] }));
+  }
+  return { canvas, dots, path, place };
 }
 
-const stops = classes.map((_, label) => ({ label, own: map.points.filter((_, i) => labels[i] === label) }))
-  .filter(({ own }) => own.length)
-  .map(({ label, own }) => ({ label, mu: own[0].map((_, k) => sum(own.map(mu => mu[k])) / own.length) }));
+const stops = [...new Set(labels)].sort((a, b) => a - b)  // where each class is labelled, and a flight passes
+  .map(label => ({ label, mu: mostTypical(map.points.slice(0, DOTS), labels, label) })).filter(({ mu }) => mu);
 
 function* drawManifold(canvases, tiles = 24) {  // of a model of two latents, from the centre outwards
   const columns = Math.round(tiles * Math.sqrt(height / width)), rows = Math.round(tiles * Math.sqrt(width / height));
@@ -153,11 +155,10 @@ function setInput(pixels, name) {
 // Draw
 
 function startDraw() {
-  const pad = byId("pad"), context = pad.getContext("2d"), drawMap = makeMap(byId("draw-map"), 300);
+  const pad = byId("pad"), context = pad.getContext("2d"), drawMap = makeMap(byId("draw-map"));
   let strokes = [], turn = 0;
   pad.width = 600;
   pad.height = Math.round(600 * height / width);
-  byId("pad").parentNode.parentNode.style.setProperty("--shape", `${width} / ${height}`);
   const bars = main.order.map(latent => {
     const bar = make("div", byId("posterior"), { className: "latent" });
     make("span", bar, { textContent: latentName(latent) });
@@ -196,19 +197,23 @@ function startDraw() {
     if (!strokes.length) clearPad();
     strokes.push([]);
     extend(event);
-    setInput(rasterize(strokes, height, width), "your drawing");
+    refresh("drawing", take());
   });
   pad.addEventListener("pointermove", event => {
     if (!event.isPrimary || !pad.hasPointerCapture(event.pointerId)) return;
     const events = event.getCoalescedEvents();
     (events.length ? events : [event]).forEach(extend);
-    setInput(rasterize(strokes, height, width), "your drawing");
+    refresh("drawing", take());
   });
   byId("clear").onclick = () => {
     clearPad();
     setInput(new Float32Array(height * width), "nothing");
   };
   byId("next").onclick = () => showImage(turn = (turn + 1) % images.length);
+
+  function* take() {
+    setInput(rasterize(strokes, height, width), "your drawing");
+  }
 
   function* read() {
     const { pixels, name } = input, { mu, std } = main.encode(pixels), rebuilt = main.decode(mu);
@@ -222,7 +227,7 @@ function startDraw() {
     const where = map.order.slice(0, 2).map(k => `${latentName(k)} ${signed(place.mu[k])} ± ${place.std[k].toFixed(2)}`);
     byId("draw-map").setAttribute("aria-label", `Map with the place of ${name}: ${where.join(", ")}`);
     main.order.forEach((k, i) => {
-      bars[i].style.setProperty("--mu", mu[k].toFixed(3));
+      bars[i].style.setProperty("--mu", clamp(mu[k]).toFixed(3));
       bars[i].style.setProperty("--std", std[k].toFixed(3));
     });
     const first = main.order.slice(0, 5).map(k => `${latentName(k)} ${signed(mu[k])} ± ${std[k].toFixed(2)}`);
@@ -242,11 +247,11 @@ function startWalk() {
   let z = new Float64Array(map.size), chosen = -1, flying = 0, pressed = [0, 0];
 
   function* update() {
-    const what = chosen < 0 ? "decoded from z" : `decoded from the mean of an image of class ${classes[labels[chosen]]}`;
-    const where = `${latentName(across)} = ${signed(z[across])}, ${latentName(up)} = ${signed(z[up])}`;
-    show("walked", map.decode(z), `Image ${what}`);
+    const what = chosen < 0 ? "" : `, the mean of an image of class ${classes[labels[chosen]]}`;
+    const where = `${latentName(across)} = ${signed(z[across])}, ${latentName(up)} = ${signed(z[up])}${what}`;
+    show("walked", map.decode(z), `Image decoded from ${where}`);
     walkMap.place(z);
-    if (!flying) setText(byId("walk-place"), `${where}: ${what}`);
+    if (!flying) setText(byId("walk-place"), where);
     box.setAttribute("aria-label", `Map, ${where}. Arrow keys move the point.`);
     sliders.forEach((slider, latent) => setSlider(slider, z[latent]));
   }
@@ -286,7 +291,7 @@ function startWalk() {
     box.setPointerCapture(event.pointerId);
     setFlying(false);
     pressed = place(event);
-    const distances = map.points.slice(0, 500).map(mu => pixels(Math.hypot(mu[across] - pressed[0], mu[up] - pressed[1])));
+    const distances = map.points.slice(0, DOTS).map(mu => pixels(Math.hypot(mu[across] - pressed[0], mu[up] - pressed[1])));
     const nearest = distances.indexOf(Math.min(...distances));
     if (distances[nearest] < (event.pointerType === "touch" ? 10 : 5)) moveTo(map.points[nearest], nearest);
     else follow(pressed);
@@ -305,6 +310,7 @@ function startWalk() {
     setFlying(false);
     moveTo(shift(step * way[0], step * way[1]));
   });
+  byId("dots").onchange = () => { walkMap.dots.style.display = byId("dots").checked ? "" : "none"; };
   const stopAt = place => { setFlying(false); moveTo(place); };
   byId("fly").onclick = () => { before = null; setFlying(!flying); };
   byId("jump").onclick = () => stopAt(map.drawPrior(Math.random)(1));
@@ -339,7 +345,7 @@ function startMix() {
     const select = byId(`${name}-class`), turn = { value: 0 };
     [...new Set(labels.slice(0, images.length))].sort((a, b) => a - b)
       .forEach(label => make("option", select, { value: label, textContent: classes[label] }));
-    if (main.encode) make("option", select, { value: "drawing", textContent: "the image above" });
+    if (main.encode) make("option", select, { value: "drawing", textContent: "drawing" });
     const update = () => refresh("path", path());
     select.onchange = update;
     byId(`${name}-next`).onclick = () => { turn.value++; update(); };
@@ -426,9 +432,11 @@ function startSample() {
 // Loss
 
 function startLoss() {
+  const toY = nats => Math.max(-5, Math.min(105, 80 - nats)).toFixed(2);
   const random = generator(1), noise = [0, 1].map(() => Float64Array.from(main.order, () => normal(random)));
   const draws = [...noise, ...noise.map(eps => eps.map(value => -value))];  // fixed, and mirrored: curves are smooth
-  const curves = ["bce", "kl", "total"].map(name => makeSvg("path", byId("curve"), { class: name }));
+  for (const nats of [0, 40]) makeSvg("path", byId("curve"), { class: "level", d: `M0 ${toY(nats)}H100` });
+  const curves = ["total", "bce", "kl"].map(name => makeSvg("path", byId("curve"), { class: name }));
   const lines = ["own", "here"].map(name => makeSvg("path", byId("curve"), { class: name }));
   let own, posterior, latent = main.order[0];
   const sliders = makeSliders(byId("loss-sliders"), main, (k, value) => {
@@ -450,8 +458,8 @@ function startLoss() {
     sliders.forEach((slider, k) => setSlider(slider, posterior.mu[k], `${signed(posterior.mu[k])}, KL ${kl[k].toFixed(2)}`));
     yield;
     const now = loss(posterior), before = loss(own), total = now.bce + now.kl, best = before.bce + before.kl;
-    const change = Math.abs(total - best) < 0.05 ? "" : `, ${signed(total - best, 1)} more than with the encoder's means`;
-    setText(byId("nats"), `BCE ${now.bce.toFixed(1)} + KL ${now.kl.toFixed(1)} = ${total.toFixed(1)} nats, the negative ELBO${change}`);
+    setText(byId("nats"), `BCE ${now.bce.toFixed(1)} + KL ${now.kl.toFixed(1)} = ${total.toFixed(1)} nats, the negative ELBO. ` +
+      `With the encoder's means: ${best.toFixed(1)}.`);
     yield* trace(now);
   }
 
@@ -459,15 +467,13 @@ function startLoss() {
     const COUNT = 36, values = Array.from({ length: COUNT }, (_, i) => EXTENT * (2 * i / (COUNT - 1) - 1)), changes = [];
     for (const value of values) {
       const there = loss({ ...posterior, mu: posterior.mu.map((m, k) => k === latent ? value : m) });
-      changes.push([there.bce - now.bce, there.kl - now.kl, there.bce + there.kl - now.bce - now.kl]);
+      changes.push([there.bce + there.kl - now.bce - now.kl, there.bce - now.bce, there.kl - now.kl]);
       yield;
     }
     curves.forEach((curve, c) => curve.setAttribute("d", `M${changes.map((change, i) => `${100 * i / (COUNT - 1)} ${toY(change[c])}`).join("L")}`));
     [own, posterior].forEach(({ mu }, i) => lines[i].setAttribute("d", `M${50 + 50 * clamp(mu[latent]) / EXTENT} 0V100`));
-    setText(byId("curve-text"), `The loss's change, in nats, as the mean of ${latentName(latent)} moves`);
+    setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs; lines are 40 nats apart`);
   }
-  const toY = nats => Math.max(-5, Math.min(105, 80 - nats)).toFixed(2);
-
   function start() {
     own = main.encode(input.pixels);
     posterior = { ...own, mu: own.mu.slice() };
@@ -500,4 +506,5 @@ startMix();
 startSample();
 if (main.encode) startLoss();
 else leaveOut("loss");
+maps[0].canvas.id = "manifold";
 if (map.size === 2) refresh("manifold", drawManifold(maps.map(({ canvas }) => canvas)));
