@@ -1,14 +1,19 @@
-"""Films docs/index.html for the README: python assets/page.py writes page.gif beside itself. Needs Chromium."""
+"""Films docs/index.html, with Chromium: python assets/page.py writes page.gif beside itself."""
 
 import contextlib
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
+import tempfile
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -142,7 +147,14 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     if not BROWSER:
         raise FileNotFoundError("no Chromium on this machine (Debian: apt-get install chromium)")
     (command_out, command_in), (reply_out, reply_in) = os.pipe(), os.pipe()
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--remote-debugging-pipe",
+        f"--user-data-dir={profile}",
+    ]
     pipes = f'exec 3<&{command_out} 4>&{reply_in}; exec "$@"'  # Chromium reads commands from 3, and replies to 4
     process = subprocess.Popen(
         ["bash", "-c", pipes, "bash", BROWSER, *flags],
@@ -162,3 +174,62 @@ def open_browser(profile: Path) -> Iterator[Browser]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
         process.kill()
+
+
+def film(browser: Browser) -> Iterator[tuple[bytes, int]]:
+    """Draws a 3, makes an 8 of it, and walks about the map -> screenshots, with the milliseconds to show each."""
+    browser.run("document.querySelector('#draw .panels').scrollIntoView({ behavior: 'instant' })")
+    for strokes in ([arc(0.35, -150, 90), arc(0.66, -90, 150)], [arc(0.66, 150, 270), arc(0.35, 90, 210)]):
+        places = [browser.place("#pad", *point) for stroke in strokes for point in stroke]
+        browser.point("press", places[0])
+        for place in places[1:]:
+            browser.point("move", place)
+            yield still(browser), 80
+        browser.point("release", places[-1])
+        yield still(browser), 1200
+    browser.run("document.querySelector('#walk .panels').scrollIntoView({ behavior: 'instant' })")
+    route = "Array.from({ length: 46 }, (_, i) => Array.from(closedPath(stops.map(({ mu }) => mu), 7 + i / 15)))"
+    places = [browser.place("#walk-map", 0.5 + x / 8, 0.5 - y / 8) for x, y in browser.run(route)]
+    browser.point("press", places[0])
+    for place in places[1:]:
+        browser.point("move", place)
+        yield still(browser), 80
+    browser.point("release", places[-1])
+    yield still(browser), 1000
+
+
+def arc(y: float, start: float, end: float, steps: int = 8) -> list[tuple[float, float]]:
+    """Of one of the two circles of an 8, from one angle to another, in degrees."""
+    angles = [math.radians(start + (end - start) * i / steps) for i in range(steps + 1)]
+    return [(0.5 + 0.17 * math.cos(angle), y + 0.155 * math.sin(angle)) for angle in angles]
+
+
+def still(browser: Browser) -> bytes:
+    """A screenshot when the page has shown what was done."""
+    browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return browser.screenshot()
+
+
+def main() -> None:
+    folder = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as browser:
+        browser.resize(900, 630)
+        browser.open((folder.parent / "docs" / "index.html").as_uri())
+        browser.run(
+            "new Promise(done => { const wait = () => jobs.size ? requestAnimationFrame(wait) : done(); wait(); })"
+        )
+        shots, durations = zip(*film(browser), strict=True)
+    frames = [
+        Image.open(io.BytesIO(shot)).convert("RGB").resize((640, 448), Image.Resampling.LANCZOS) for shot in shots
+    ]
+    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
+    for i, frame in enumerate((frames[0], frames[-1])):
+        both.paste(frame, (0, i * frame.height))
+    palette = both.quantize(160, Image.Quantize.MAXCOVERAGE)  # one for all: what stays still is stored once
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    options = {"duration": list(durations), "loop": 0, "optimize": True}
+    frames[0].save(folder / "page.gif", save_all=True, append_images=frames[1:], **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ const latentName = latent => `z${[...String(latent + 1)].map(digit => "₀₁₂
 const signed = (value, digits = 2) => value.toFixed(digits).replace(/^-0\.?0*$/, "0").replace("-", "−");
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Work is done by named generators, which get 8 ms of each frame. What one does until a yield takes a few ms at most
+// Work is done by named generators, which get 6 ms of each frame. What one does until a yield takes a few ms at most
 
 const jobs = new Map();
 
@@ -28,7 +28,7 @@ function runJobs() {
   const start = performance.now();
   for (const [name, job] of jobs) {
     let done;
-    do { done = job.next().done; } while (!done && performance.now() - start < 8);
+    do { done = job.next().done; } while (!done && performance.now() - start < 6);
     if (done && jobs.get(name) === job) jobs.delete(name);
   }
   if (jobs.size) requestAnimationFrame(runJobs);
@@ -184,7 +184,7 @@ function startDraw() {
     const box = pad.getBoundingClientRect(), stroke = strokes.at(-1);
     stroke.push([(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.width]);
     const ends = stroke.slice(-2).map(point => point.map(share => share * pad.width));
-    Object.assign(context, { strokeStyle: "white", lineWidth: 2 * PEN / 28 * Math.min(pad.width, pad.height), lineCap: "round" });
+    Object.assign(context, { strokeStyle: "white", lineWidth: 2 * PEN / 28 * Math.min(pad.width, pad.height), lineCap: "round", lineJoin: "round" });
     context.beginPath();
     context.moveTo(...ends[0]);
     context.lineTo(...ends.at(-1));
@@ -201,8 +201,7 @@ function startDraw() {
   });
   pad.addEventListener("pointermove", event => {
     if (!event.isPrimary || !pad.hasPointerCapture(event.pointerId)) return;
-    const events = event.getCoalescedEvents();
-    (events.length ? events : [event]).forEach(extend);
+    extend(event);
     refresh("drawing", take());
   });
   byId("clear").onclick = () => {
@@ -460,19 +459,19 @@ function startLoss() {
     const now = loss(posterior), before = loss(own), total = now.bce + now.kl, best = before.bce + before.kl;
     setText(byId("nats"), `BCE ${now.bce.toFixed(1)} + KL ${now.kl.toFixed(1)} = ${total.toFixed(1)} nats, the negative ELBO. ` +
       `With the encoder's means: ${best.toFixed(1)}.`);
-    yield* trace(now);
+    yield* trace(before);
   }
 
-  function* trace(now) {  // how the loss changes as one latent moves
+  function* trace(before) {  // how far the loss is from the encoder's, as one latent moves
     const COUNT = 36, values = Array.from({ length: COUNT }, (_, i) => EXTENT * (2 * i / (COUNT - 1) - 1)), changes = [];
     for (const value of values) {
       const there = loss({ ...posterior, mu: posterior.mu.map((m, k) => k === latent ? value : m) });
-      changes.push([there.bce + there.kl - now.bce - now.kl, there.bce - now.bce, there.kl - now.kl]);
+      changes.push([there.bce + there.kl - before.bce - before.kl, there.bce - before.bce, there.kl - before.kl]);
       yield;
     }
     curves.forEach((curve, c) => curve.setAttribute("d", `M${changes.map((change, i) => `${100 * i / (COUNT - 1)} ${toY(change[c])}`).join("L")}`));
     [own, posterior].forEach(({ mu }, i) => lines[i].setAttribute("d", `M${50 + 50 * clamp(mu[latent]) / EXTENT} 0V100`));
-    setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs; lines are 40 nats apart`);
+    setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs: the dotted line is where the encoder put it, and level lines are 40 nats apart`);
   }
   function start() {
     own = main.encode(input.pixels);
@@ -506,5 +505,4 @@ startMix();
 startSample();
 if (main.encode) startLoss();
 else leaveOut("loss");
-maps[0].canvas.id = "manifold";
 if (map.size === 2) refresh("manifold", drawManifold(maps.map(({ canvas }) => canvas)));

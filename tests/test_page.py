@@ -72,9 +72,13 @@ def page(models: dict[str, VAE], few: ImageData) -> str:
     )
 
 
-def idle(browser: Browser, script: str = "null") -> Any:
-    """The value of an expression when all is drawn that there is to draw."""
-    browser.run("new Promise(done => { const wait = () => jobs.size ? requestAnimationFrame(wait) : done(); wait(); })")
+def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
+    """The value of an expression when what was done has arrived, and all is drawn, or what one job draws."""
+    browser.run(f"""new Promise(done => {{
+        const busy = () => {f"jobs.has('{job}')" if job else "jobs.size"};
+        const wait = () => busy() ? requestAnimationFrame(wait) : done();
+        requestAnimationFrame(() => requestAnimationFrame(wait));
+    }})""")
     return browser.run(script)
 
 
@@ -242,8 +246,8 @@ def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[...,
         browser.run("document.getElementById('clear').click()")
         for stroke in STROKES[digit]:
             browser.drag([(left + x * width, top + y * width) for x, y in stroke], touch)
-        read[digit] = idle(browser, "document.getElementById('verdict').textContent")
-        rebuilt = pixels(browser, "rebuilt")
+        read[digit] = idle(browser, "document.getElementById('verdict').textContent", "draw")
+        rebuilt = pixels(browser, "#rebuilt")
         images = browser.run(
             f"{json.dumps([*STROKES.values()])}.map(strokes => Array.from(rasterize(strokes, 28, 28)))"
         )
@@ -252,10 +256,10 @@ def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[...,
     assert read == {digit: f"Looks like {digit}" for digit in drawn}
 
 
-def pixels(browser: Browser, canvas: str, rows: int = 0) -> Tensor:
+def pixels(browser: Browser, selector: str, rows: int = 0) -> Tensor:
     """(H, W), in [0, 1]: what a canvas shows, or its first rows."""
     data = browser.run(f"""(() => {{
-        const canvas = document.getElementById("{canvas}"), {{ width }} = canvas, height = {rows} || canvas.height;
+        const canvas = document.querySelector("{selector}"), {{ width }} = canvas, height = {rows} || canvas.height;
         return [height, width, ...canvas.getContext("2d").getImageData(0, 0, width, height).data];
     }})()""")
     return torch.tensor(data[2:]).view(data[0], data[1], 4)[..., 0] / 255
@@ -324,8 +328,8 @@ def test_walk_by_keys_and_in_flight(page: str, models: dict[str, VAE], show: Cal
     assert marker() == pytest.approx([50, -5])
     assert browser.run("scrollY") == scrolled
     z = torch.tensor([[0.5, 0.05]])
-    torch.testing.assert_close(pixels(browser, "walked").flatten(), model.decode(z)[0].detach(), atol=5e-3, rtol=0)
-    tile = pixels(browser, "manifold", 28)[:, -28:].flatten()  # of the map's upper right corner
+    torch.testing.assert_close(pixels(browser, "#walked").flatten(), model.decode(z)[0].detach(), atol=5e-3, rtol=0)
+    tile = pixels(browser, "#walk-map canvas", 28)[:, -28:].flatten()  # of the map's upper right corner
     corner = model.decode(torch.tensor([[EXTENT * 23 / 24, EXTENT * 23 / 24]]))[0].detach()
     torch.testing.assert_close(tile, corner, atol=5e-3, rtol=0)
 
@@ -354,7 +358,7 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser.key("ArrowDown")
     browser.run("document.getElementById('to-next').click(); document.getElementById('share').focus()")
     browser.key("ArrowRight")
-    start, end = (pixels(browser, name).flatten() for name in ("from", "to"))
+    start, end = (pixels(browser, f"#{name}").flatten() for name in ("from", "to"))
     share = idle(browser, "Number(document.getElementById('share').value)")
     assert share == 0.51
     assert browser.run("document.querySelector('#share + output').textContent") == "51 %"
@@ -362,36 +366,36 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
         mu = model.encode(torch.stack([start, end]))[2]
         path = model.decode(torch.lerp(mu[0], mu[1], torch.linspace(0, 1, 11)[:, None]))
         mixed = model.decode(torch.lerp(mu[0], mu[1], share))
-    torch.testing.assert_close(pixels(browser, "mixed-latents").flatten(), mixed, atol=5e-3, rtol=0)
+    torch.testing.assert_close(pixels(browser, "#mixed-latents").flatten(), mixed, atol=5e-3, rtol=0)
     torch.testing.assert_close(
-        pixels(browser, "mixed-pixels").flatten(), torch.lerp(start, end, share), atol=5e-3, rtol=0
+        pixels(browser, "#mixed-pixels").flatten(), torch.lerp(start, end, share), atol=5e-3, rtol=0
     )
-    torch.testing.assert_close(pixels(browser, "path-latents"), evaluate.tile(path, 1), atol=5e-3, rtol=0)
+    torch.testing.assert_close(pixels(browser, "#path-latents"), evaluate.tile(path, 1), atol=5e-3, rtol=0)
     chosen = torch.tensor(browser.run("[1, 18].map(i => Array.from(images[i]))"))  # the first 1, and the second 8
     torch.testing.assert_close(torch.stack([start, end]), chosen, atol=5e-3, rtol=0)
     browser.run("document.getElementById('to-class').value = 'drawing'")
     browser.run("document.getElementById('to-class').onchange(); document.getElementById('next').click()")
     idle(browser)
-    assert torch.equal(pixels(browser, "to"), pixels(browser, "read"))
+    assert torch.equal(pixels(browser, "#to"), pixels(browser, "#read"))
 
 
 def test_sample(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser = show(page)
-    browser.run("document.querySelectorAll('#grids canvas').forEach((canvas, i) => { canvas.id = `grid${i}`; })")
+    normal, vampprior = (f"#grids figure:nth-child({i}) canvas" for i in (1, 2))
     idle(browser)
-    before = pixels(browser, "grid0")
+    before = pixels(browser, normal)
     browser.run("document.getElementById('again').click()")
     idle(browser)
-    after = pixels(browser, "grid0")
+    after = pixels(browser, normal)
     assert not torch.equal(before, after)
     browser.run("document.getElementById('temperature').focus()")
     browser.key("Home")
     idle(browser)
     assert browser.run("document.querySelector('#temperature + output').textContent") == "0.00"
-    tiles = pixels(browser, "grid0").unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
+    tiles = pixels(browser, normal).unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
     expected = models["main"].decode(torch.zeros(1, 5)).detach()
     torch.testing.assert_close(tiles, expected.expand(36, -1), atol=5e-3, rtol=0)
-    others = pixels(browser, "grid1").unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
+    others = pixels(browser, vampprior).unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
     assert 1 < len(others.unique(dim=0)) <= 6  # one for each of the mixture's components
 
 
@@ -399,7 +403,7 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser = show(page)
     model = models["main"]
     idle(browser)
-    x = pixels(browser, "loss-image").view(1, -1)
+    x = pixels(browser, "#loss-image").view(1, -1)
     with torch.no_grad():
         _, logvar, mu = model.encode(x)
     browser.run("document.querySelector('#loss-sliders input').focus()")
@@ -484,18 +488,18 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
     sections = "[...document.querySelectorAll('section')].map(section => section.id)"
     links = "[...document.querySelectorAll('nav a')].map(link => link.hash.slice(1))"
     assert browser.run(sections) == browser.run(links) == ["draw", "walk", "mix", "sample", "loss"]
-    assert pixels(browser, "walked").shape == (20, 28)
+    assert pixels(browser, "#walked").shape == (20, 28)
     with torch.no_grad():
-        expected = model.decode(model.encode(pixels(browser, "read").view(1, -1))[2]).view(20, 28)
-    torch.testing.assert_close(pixels(browser, "rebuilt"), expected, atol=5e-3, rtol=0)
+        expected = model.decode(model.encode(pixels(browser, "#read").view(1, -1))[2]).view(20, 28)
+    torch.testing.assert_close(pixels(browser, "#rebuilt"), expected, atol=5e-3, rtol=0)
 
     model.encoder = OtherEncoder()
     show(evaluate.make_explorer(model, flat, "caption"))
     assert idle(browser, sections) == browser.run(links) == ["walk", "mix", "sample"]
     assert browser.run("[...document.querySelectorAll('option')].some(option => option.value === 'drawing')") is False
-    start = pixels(browser, "from").view(1, -1)
+    start = pixels(browser, "#from").view(1, -1)
     path = model.decode(model.encode(start)[2]).detach().view(20, 28)
-    torch.testing.assert_close(pixels(browser, "path-latents")[:, :28], path, atol=5e-3, rtol=0)
+    torch.testing.assert_close(pixels(browser, "#path-latents")[:, :28], path, atol=5e-3, rtol=0)
 
 
 def test_the_committed_page_is_what_its_command_makes(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
