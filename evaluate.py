@@ -326,7 +326,7 @@ def make_explorer(model: VAE, dataset: ImageData, caption: str) -> str:
         "What the encoder and the decoder of a variational autoencoder make of images, and of points between them."
     ]
     images, labels = dataset.test_images, dataset.test_labels
-    return make_page("Latent explorer", about, {"main": model}, {"main": caption}, images, labels, dataset.classes)
+    return make_page("Latent explorer", about, [caption], {"main": model}, images, labels, dataset.classes)
 
 
 def check_explorer(model: VAE) -> None:
@@ -345,8 +345,8 @@ def check_explorer(model: VAE) -> None:
 def make_page(
     title: str,
     about: list[str],
+    notes: list[str],
     models: dict[str, VAE],
-    captions: dict[str, str],
     images: Tensor,
     labels: Tensor,
     classes: list[str],
@@ -354,9 +354,10 @@ def make_page(
 ) -> str:
     """A web page, docs/page.html filled in, that needs no network and runs the models itself.
 
-    models: "main"; "map", of two latents, if there is one; and "vamp", of which only the prior and decoder are shown.
-    images (N, H, W) uint8 and labels (N,) are those to place in latent space, by their posterior means. All is computed
-    in float64, so that the same weights give the same page, byte for byte, on every machine.
+    about and notes are paragraphs, above and below. models: "main"; "map", of two latents, if there is one; and "vamp",
+    of which only the prior and decoder are shown. images (N, H, W) uint8 and labels (N,) are those to place in latent
+    space, by their posterior means. All is computed in float64, so that the same weights give the same page, byte for
+    byte, on every machine.
     """
     import matplotlib
 
@@ -365,13 +366,14 @@ def make_page(
     content = {
         "title": title,
         "about": about,
+        "notes": notes,
         "classes": classes,
         "colors": [matplotlib.colors.to_hex(color) for color in class_colors(len(classes))],
         "height": images.shape[1],
         "width": images.shape[2],
         "images": base64.b64encode(shown.contiguous().numpy()).decode(),
         "labels": labels[chosen].tolist(),
-        "models": {role: _page_model(model, captions[role], images[chosen]) for role, model in models.items()},
+        "models": {role: _page_model(model, images[chosen]) for role, model in models.items()},
     }
     folder = Path(__file__).parent / "docs"
     parts = {f"@{name}@": (folder / name).read_text() for name in ("page.css", "networks.js", "page.js")}
@@ -380,7 +382,7 @@ def make_page(
 
 
 @in_eval_mode
-def _page_model(model: VAE, caption: str, images: Tensor) -> dict[str, Any]:
+def _page_model(model: VAE, images: Tensor) -> dict[str, Any]:
     """What docs/networks.js reads a model from. Without an encoder of the usual kind, what needs one is left out."""
     model = copy.deepcopy(model).cpu().double()
 
@@ -388,7 +390,7 @@ def _page_model(model: VAE, caption: str, images: Tensor) -> dict[str, Any]:
         return {"weight": _matrix(linear.weight.T), "bias": _floats(linear.bias)}
 
     decoder = [layer(linear) for linear in model.decoder.children()]
-    content = {"caption": caption, "activation": model.config["activation"], "decoder": decoder}
+    content = {"activation": model.config["activation"], "decoder": decoder}
     if not model.has_standard_prior():
         logvar, mu = model.components()
         return content | {"prior": {"mu": _matrix(mu), "std": _matrix(torch.exp(0.5 * logvar))}, "size": mu.shape[1]}

@@ -67,9 +67,7 @@ def models() -> dict[str, VAE]:
 
 @pytest.fixture(scope="module")
 def page(models: dict[str, VAE], few: ImageData) -> str:
-    return evaluate.make_page(
-        "Page", [], models, dict.fromkeys(models, ""), few.test_images, few.test_labels, few.classes
-    )
+    return evaluate.make_page("Page", [], [], models, few.test_images, few.test_labels, few.classes)
 
 
 def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
@@ -280,7 +278,7 @@ def test_walk_follows_pointers(touch: bool, few: ImageData, show: Callable[..., 
     torch.manual_seed(0)
     browser = show(evaluate.make_explorer(VAE(latent_size=3, hidden_size=16), few, "caption"))
     browser.resize(390, 844, phone=touch)
-    first, second, third = browser.run("map.points.fill([9, 9, 9]); map.points[1] = [0.5, -1, 2]; map.order")
+    first, second, third = browser.run("dots.fill([9, 9, 9]); dots[1] = [0.5, -1, 2]; map.order")
     mean = [0.5, -1, 2]
     width = browser.run("document.getElementById('walk-map').clientWidth")
 
@@ -361,7 +359,7 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     start, end = (pixels(browser, f"#{name}").flatten() for name in ("from", "to"))
     share = idle(browser, "Number(document.getElementById('share').value)")
     assert share == 0.51
-    assert browser.run("document.querySelector('#share + output').textContent") == "51 %"
+    assert browser.run("document.querySelector('#share + output').textContent") == "51%"
     with torch.no_grad():
         mu = model.encode(torch.stack([start, end]))[2]
         path = model.decode(torch.lerp(mu[0], mu[1], torch.linspace(0, 1, 11)[:, None]))
@@ -373,10 +371,16 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     torch.testing.assert_close(pixels(browser, "#path-latents"), evaluate.tile(path, 1), atol=5e-3, rtol=0)
     chosen = torch.tensor(browser.run("[1, 18].map(i => Array.from(images[i]))"))  # the first 1, and the second 8
     torch.testing.assert_close(torch.stack([start, end]), chosen, atol=5e-3, rtol=0)
-    browser.run("document.getElementById('to-class').value = 'drawing'")
-    browser.run("document.getElementById('to-class').onchange(); document.getElementById('next').click()")
+    drawings = []
+    for name in ("from", "to"):  # which stay as they were when they were chosen
+        browser.run("document.getElementById('next').click()")
+        idle(browser)
+        drawings.append(pixels(browser, "#read"))
+        browser.run(f"document.getElementById('{name}-class').value = 'drawing'")
+        browser.run(f"document.getElementById('{name}-class').onchange()")
     idle(browser)
-    assert torch.equal(pixels(browser, "#to"), pixels(browser, "#read"))
+    assert torch.equal(torch.stack(drawings), torch.stack([pixels(browser, "#from"), pixels(browser, "#to")]))
+    assert not torch.equal(*drawings)
 
 
 def test_sample(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
@@ -484,7 +488,7 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
     browser = show(evaluate.make_explorer(model, flat, "of </script><b>digits"))
     legend = "[...document.querySelectorAll('#legend li')].slice(0, 3).map(item => item.textContent)"
     assert idle(browser, legend) == classes[:3]
-    assert browser.run("document.getElementById('captions').textContent") == "of </script><b>digits"
+    assert browser.run("document.getElementById('notes').textContent") == "of </script><b>digits"
     sections = "[...document.querySelectorAll('section')].map(section => section.id)"
     links = "[...document.querySelectorAll('nav a')].map(link => link.hash.slice(1))"
     assert browser.run(sections) == browser.run(links) == ["draw", "walk", "mix", "sample", "loss"]
