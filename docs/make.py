@@ -24,8 +24,8 @@ ABOUT = [
 NOTES = [
     "A drawing becomes what MNIST's digits are: 28 x 28 gray pixels, with lines as wide, in a box of 20 pixels whose "
     "centre of mass is in the middle. In training the networks read a binary sample of the pixels; here they read the "
-    "gray values, of which reconstructions are closer. What a drawing looks like is a vote of the five nearest of 2,000 "
-    "digits in latent space.",
+    "gray values, of which reconstructions are closer. What a drawing looks like is a vote of the five nearest of "
+    "2,000 digits in latent space.",
     "The digits are of MNIST's training set, a part of which comes with a package. BCE is of gray pixels, which is its "
     "mean over their binary samples, and averaged over four draws of z.",
 ]

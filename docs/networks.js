@@ -112,7 +112,7 @@ function nearestClass(points, labels, z, count = 5) {  // by vote of the nearest
   return votes.reduce((best, label) => number(label) > number(best) ? label : best);
 }
 
-function mostTypical(points, labels, label) {  // -> the point that has most of its own class around it, and least of others
+function mostTypical(points, labels, label) {  // -> the point of a class among most of its own, and least of others
   const near = (a, b) => Math.exp(-squaredDistance(a, b) / (0.12 * a.length));
   const score = a => sum(points.map((b, i) => labels[i] === label ? near(a, b) : -near(a, b)));
   const own = points.filter((_, i) => labels[i] === label), scores = own.map(score);
@@ -120,10 +120,12 @@ function mostTypical(points, labels, label) {  // -> the point that has most of 
 }
 
 function closedPath(stops, t) {  // a Catmull-Rom curve through all stops and back, which is at stops[i] for t = i
-  const i = Math.floor(t), s = t - i, [a, b, c, d] = [-1, 0, 1, 2].map(k => stops[(i + k + stops.length) % stops.length]);
-  const at = k => b[k] + 0.5 * s * (c[k] - a[k] + s * (2 * a[k] - 5 * b[k] + 4 * c[k] - d[k]
-    + s * (3 * (b[k] - c[k]) + d[k] - a[k])));
-  return Float64Array.from(b, (_, k) => at(k));
+  const i = Math.floor(t), s = t - i;
+  const [a, b, c, d] = [-1, 0, 1, 2].map(k => stops[(i + k + stops.length) % stops.length]);
+  return Float64Array.from(b, (_, k) => {
+    const cubic = 3 * (b[k] - c[k]) + d[k] - a[k], square = 2 * a[k] - 5 * b[k] + 4 * c[k] - d[k];
+    return b[k] + 0.5 * s * (c[k] - a[k] + s * (square + s * cubic));
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -131,32 +133,39 @@ function closedPath(stops, t) {  // a Catmull-Rom curve through all stops and ba
 
 const PEN = 1.3;  // half the width of a line, in pixels of 28, which gives as much ink as MNIST's digits have
 
-function rasterize(strokes, height, width) {  // strokes: lists of points [x, y], in shares of the canvas's width -> pixels
-  const points = strokes.flat(), unit = Math.min(height, width) / 28;
+function rasterize(strokes, height, width) {  // strokes: lists of [x, y], in shares of the canvas's width -> pixels
+  const points = strokes.flat(), unit = Math.min(height, width) / 28, pen = PEN * unit;
   if (!points.length) return new Float32Array(height * width);
   const [xs, ys] = [0, 1].map(axis => points.map(point => point[axis]));
-  const [left, top] = [Math.min(...xs), Math.min(...ys)];
-  const extent = Math.max(Math.max(...xs) - left, Math.max(...ys) - top);
-  const scale = unit * (20 - 2 * PEN) / Math.max(extent, 0.1);
-  const placed = (dx, dy) => strokes.map(stroke => stroke.map(([x, y]) => [scale * (x - left) + dx, scale * (y - top) + dy]));
-  const first = paint(placed(4 * unit, 4 * unit), height, width, unit * PEN), mass = sum(first);
-  const centre = [i => i % width, i => Math.floor(i / width)].map(place => sum(first.map((p, i) => p * (place(i) + 0.5))) / mass);
-  return paint(placed(4 * unit + width / 2 - centre[0], 4 * unit + height / 2 - centre[1]), height, width, unit * PEN);
+  const left = Math.min(...xs), top = Math.min(...ys);
+  const extent = Math.max(Math.max(...xs) - left, Math.max(...ys) - top, 0.1);  // of a dot, not to blow up a tremble
+  const scale = (20 * unit - 2 * pen) / extent;
+  const paintAt = (dx, dy) => {
+    const toPixels = ([x, y]) => [scale * (x - left) + dx, scale * (y - top) + dy];
+    return paint(strokes.map(stroke => stroke.map(toPixels)), height, width, pen);
+  };
+  const [x, y] = centreOfMass(paintAt(4 * unit, 4 * unit), width);
+  return paintAt(4 * unit + width / 2 - x, 4 * unit + height / 2 - y);
+}
+
+function centreOfMass(pixels, width) {
+  const mass = sum(pixels);
+  return [i => i % width, i => Math.floor(i / width)]
+    .map(place => pixels.reduce((total, value, i) => total + value * (place(i) + 0.5), 0) / mass);
 }
 
 function paint(strokes, height, width, pen) {  // lines with round ends; a pixel's value is about its covered share
-  const pixels = new Float32Array(height * width);
+  const pixels = new Float32Array(height * width), reach = pen + 0.5;
+  const from = (a, b) => Math.max(0, Math.floor(Math.min(a, b) - reach));
+  const to = (a, b, size) => Math.min(size, Math.max(a, b) + reach);
   const segments = strokes.flatMap(stroke => stroke.map((point, i) => [stroke[Math.max(0, i - 1)], point]));
   for (const [[ax, ay], [bx, by]] of segments) {
-    const [dx, dy] = [bx - ax, by - ay], length = dx * dx + dy * dy, reach = pen + 0.5;
-    const [left, right] = [Math.max(0, Math.floor(Math.min(ax, bx) - reach)), Math.min(width, Math.max(ax, bx) + reach)];
-    const [top, bottom] = [Math.max(0, Math.floor(Math.min(ay, by) - reach)), Math.min(height, Math.max(ay, by) + reach)];
-    for (let row = top; row < bottom; row++) {
-      for (let column = left; column < right; column++) {
-        const [px, py] = [column + 0.5 - ax, row + 0.5 - ay];
-        const share = length ? Math.max(0, Math.min(1, (px * dx + py * dy) / length)) : 0;
-        const covered = Math.min(1, reach - Math.hypot(px - share * dx, py - share * dy)), i = row * width + column;
-        if (covered > pixels[i]) pixels[i] = covered;
+    const dx = bx - ax, dy = by - ay, squaredLength = dx * dx + dy * dy;
+    for (let row = from(ay, by); row < to(ay, by, height); row++) {
+      for (let column = from(ax, bx); column < to(ax, bx, width); column++) {
+        const px = column + 0.5 - ax, py = row + 0.5 - ay, i = row * width + column;
+        const share = squaredLength ? Math.max(0, Math.min(1, (px * dx + py * dy) / squaredLength)) : 0;
+        pixels[i] = Math.max(pixels[i], Math.min(1, reach - Math.hypot(px - share * dx, py - share * dy)));
       }
     }
   }

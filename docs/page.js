@@ -3,7 +3,7 @@
 const byId = id => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 const { classes, colors, labels, height, width } = data;
-const { main, vamp, map = main } = Object.fromEntries(Object.entries(data.models).map(([role, m]) => [role, readModel(m)]));
+const [main, vamp, map = main] = ["main", "vamp", "map"].map(role => data.models[role] && readModel(data.models[role]));
 const bytes = readBytes(data.images);  // of images whose posterior means are the first of each model's points
 const images = Array.from({ length: bytes.length / (height * width) }, (_, i) => {
   return Float32Array.from(bytes.subarray(i * height * width, (i + 1) * height * width), byte => byte / 255);
@@ -11,7 +11,7 @@ const images = Array.from({ length: bytes.length / (height * width) }, (_, i) =>
 const EXTENT = 4;  // sliders and maps show latents from -EXTENT to EXTENT
 const clamp = value => Math.max(-EXTENT, Math.min(EXTENT, value));
 const latentName = latent => `z${[...String(latent + 1)].map(digit => "₀₁₂₃₄₅₆₇₈₉"[digit]).join("")}`;
-const signed = (value, digits = 2) => value.toFixed(digits).replace(/^-0\.?0*$/, "0").replace("-", "−");
+const signed = value => value.toFixed(2).replace("-0.00", "0.00").replace("-", "−");
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Work is done by named generators, which get 6 ms of each frame. What one does until a yield takes a few ms at most
@@ -49,7 +49,9 @@ function makeSvg(tag, parent, attributes = {}) {
   return element;
 }
 
-const setAttributes = (element, attributes) => Object.entries(attributes).forEach(pair => element.setAttribute(...pair));
+function setAttributes(element, attributes) {
+  Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value));
+}
 
 function setText(element, text) {  // only where it changes, since screen readers may read it aloud
   if (element.textContent !== text) element.textContent = text;
@@ -78,9 +80,11 @@ function makeSliders(box, model, onInput) {  // of all latents, those that say m
   for (const latent of model.order) {
     const label = make("label", box, { className: "slider" });
     label.append(latentName(latent));
-    sliders[latent] = make("input", label, { type: "range", min: -EXTENT, max: EXTENT, step: 0.01, ariaLabel: `Latent ${latent + 1}` });
-    sliders[latent].oninput = () => onInput(latent, Number(sliders[latent].value));
+    const slider = make("input", label, { type: "range", min: -EXTENT, max: EXTENT, step: 0.01 });
+    slider.ariaLabel = `Latent ${latent + 1}`;
+    slider.oninput = () => onInput(latent, Number(slider.value));
     make("output", label);
+    sliders[latent] = slider;
   }
   return sliders;
 }
@@ -91,7 +95,7 @@ function setSlider(slider, value, text = signed(value)) {
   setText(slider.nextElementSibling, text);
 }
 
-function onDrag(element, start, move) {  // of one finger or the main button; places are shares of the element's width, height
+function onDrag(element, start, move) {  // of a finger or the main button; places are shares of the element's sides
   const place = event => {
     const box = element.getBoundingClientRect();
     return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
@@ -210,7 +214,9 @@ function startDraw() {
     make("span", bar, { textContent: latentName(latent) });
     return bar;
   });
-  const inWords = ({ mu, std }, latents) => latents.map(k => `${latentName(k)} ${signed(mu[k])} ± ${std[k].toFixed(2)}`).join(", ");
+  const inWords = ({ mu, std }, latents) => {
+    return latents.map(k => `${latentName(k)} ${signed(mu[k])} ± ${std[k].toFixed(2)}`).join(", ");
+  };
 
   function showPlace({ mu, std }) {
     const { x, y } = onMap(mu), size = 100 * EXTENT;
@@ -262,12 +268,12 @@ function walkBy(right, upwards) {
 }
 
 function* showWalk() {
-  const { z, chosen, sliders, marker, flight } = walk, { x, y } = onMap(z);
+  const { z, chosen, sliders, marker } = walk, { x, y } = onMap(z);
   const mean = chosen < 0 ? "" : `, the mean of ${imageName(chosen)}`;
   const where = `${latentName(across)} = ${signed(z[across])}, ${latentName(up)} = ${signed(z[up])}${mean}`;
   show("walked", map.decode(z), `Image decoded from ${where}`);
   setAttributes(marker, { cx: x, cy: y });
-  if (!flight) setText(byId("walk-place"), where);
+  setText(byId("walk-place"), where);
   byId("walk-map").ariaLabel = `Map, ${where}. Arrow keys move the point.`;
   sliders.forEach((slider, latent) => setSlider(slider, z[latent]));
 }
@@ -281,7 +287,8 @@ function followPointer(box) {
   onDrag(box, (place, touch) => {
     fly(false);
     pressed = toLatents(place);
-    const distances = dots.map(mu => pixels([mu[across], mu[up]], pressed)), nearest = distances.indexOf(Math.min(...distances));
+    const distances = dots.map(mu => pixels([mu[across], mu[up]], pressed));
+    const nearest = distances.indexOf(Math.min(...distances));
     onDot = distances[nearest] < (touch ? 10 : 5);
     if (onDot) walkTo(dots[nearest], nearest);
     else follow(pressed);
@@ -313,6 +320,7 @@ function fly(on) {  // along a curve through all classes, and where motion is no
   cancelAnimationFrame(walk.flight);
   walk.flight = on ? requestAnimationFrame(step) : 0;
   setText(byId("fly"), on ? "Pause" : "Fly");
+  byId("walk-place").ariaLive = on ? "off" : "polite";
   walk.route.style.display = on ? "" : "none";
 }
 
@@ -332,10 +340,11 @@ function startWalk() {
   byId("jump").onclick = () => stopAt(map.drawPrior(Math.random)(1));
   byId("origin").onclick = () => stopAt(new Float64Array(map.size));
   byId("dots").onchange = () => { walkMap.dots.style.display = byId("dots").checked ? "" : "none"; };
+  const axes = `Across is ${latentName(across)} and up is ${latentName(up)}, the two latents that say most`;
   setText(byId("walk-text"), (map.size === 2
     ? "A model of two latents has a map: each place on it decodes to an image."
-    : `Each point of latent space decodes to an image. Across is ${latentName(across)} and up is ${latentName(up)}, the two ` +
-      "latents that say most; below are sliders for all.") + " Dots are posterior means of images, in the colours of their classes.");
+    : `Each point of latent space decodes to an image. ${axes}; below are sliders for all.`) +
+    " Dots are posterior means of images, in the colours of their classes.");
   classes.forEach((name, label) => {
     const item = make("li", byId("legend"));
     make("i", item).style.background = colors[label];
@@ -429,9 +438,9 @@ function startSample() {
     }
   }
 
-  setText(byId("sample-text"), "A draw of the prior, decoded, is an image that never was. " + (vamp
-    ? "On the left the prior is the standard normal; on the right it is learned, a mixture of posteriors: the VampPrior. "
-    : "") + "The temperature is how far draws spread: low, they keep to what is likely; high, they leave what the decoder knows.");
+  setText(byId("sample-text"), "A draw of the prior, decoded, is an image that never was. " +
+    (vamp ? "Left, the prior is the standard normal; right, the VampPrior, a learned mixture of posteriors. " : "") +
+    "The temperature is how far draws spread: low, to what is likely; high, to where the decoder has never been.");
   temperature.oninput = decode;
   byId("again").onclick = () => draw(Math.random);
   draw(generator(0));
@@ -440,7 +449,7 @@ function startSample() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Loss
 
-function makeLoss() {  // -> the negative ELBO's terms, with the cross-entropy's mean over fixed draws: its curves are smooth
+function makeLoss() {  // -> the negative ELBO and its terms, with the BCE's mean over fixed draws, for smooth curves
   const random = generator(1), noise = [0, 1].map(() => new Float64Array(main.size).map(() => normal(random)));
   const draws = [...noise, ...noise.map(eps => eps.map(value => -value))];
   return ({ mu, std, logvar }) => {
@@ -452,7 +461,8 @@ function makeLoss() {  // -> the negative ELBO's terms, with the cross-entropy's
 }
 
 function makeCurves() {  // -> what draws how the loss and its terms change along a latent
-  const svg = byId("curve"), toY = nats => Math.max(-5, Math.min(105, 80 - nats)).toFixed(2), terms = ["total", "bce", "kl"];
+  const svg = byId("curve"), terms = ["total", "bce", "kl"];
+  const toY = nats => Math.max(-5, Math.min(105, 80 - nats)).toFixed(2);
   for (const nats of [0, 40]) makeSvg("path", svg, { class: "level", d: `M0 ${toY(nats)}H100` });
   const curves = terms.map(name => makeSvg("path", svg, { class: name }));
   const lines = ["own", "here"].map(name => makeSvg("path", svg, { class: name }));
@@ -477,23 +487,23 @@ function startLoss() {
   }
 
   function* update() {
-    const kl = klByLatent(posterior), logits = main.logits(posterior.mu);
+    const { mu } = posterior, kl = klByLatent(posterior), logits = main.logits(mu);
+    const byPixel = bceByPixel(logits, input.pixels).map(nats => Math.min(1, nats / 3));
     show("loss-rebuilt", logits.map(sigmoid), "Reconstruction from the sliders' means");
-    show("loss-pixels", bceByPixel(logits, input.pixels).map(nats => Math.min(1, nats / 3)), "BCE by pixel: white is 3 nats or more");
-    sliders.forEach((slider, k) => setSlider(slider, posterior.mu[k], `${signed(posterior.mu[k])}, KL ${kl[k].toFixed(2)}`));
+    show("loss-pixels", byPixel, "BCE by pixel: white is 3 nats or more");
+    sliders.forEach((slider, k) => setSlider(slider, mu[k], `${signed(mu[k])}, KL ${kl[k].toFixed(2)}`));
     yield;
-    const { bce, kl: allKl, total } = loss(posterior), before = loss(own);
-    setText(byId("nats"), `BCE ${bce.toFixed(1)} + KL ${allKl.toFixed(1)} = ${total.toFixed(1)} nats, the negative ELBO. ` +
-      `With the encoder's means: ${before.total.toFixed(1)}.`);
-    const changes = [];
+    const now = loss(posterior), before = loss(own), changes = [];
+    setText(byId("nats"), `BCE ${now.bce.toFixed(1)} + KL ${now.kl.toFixed(1)} = ${now.total.toFixed(1)} nats, the ` +
+      `negative ELBO. With the encoder's means: ${before.total.toFixed(1)}.`);
     for (let i = 0; i < COUNT; i++) {
-      const there = loss({ ...posterior, mu: posterior.mu.with(latent, EXTENT * (2 * i / (COUNT - 1) - 1)) });
+      const there = loss({ ...posterior, mu: mu.with(latent, EXTENT * (2 * i / (COUNT - 1) - 1)) });
       changes.push({ total: there.total - before.total, bce: there.bce - before.bce, kl: there.kl - before.kl });
       yield;
     }
-    drawCurves(changes, [own.mu[latent], posterior.mu[latent]]);
-    setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs. The dotted line is where the encoder ` +
-      "put it; level lines are 40 nats apart.");
+    drawCurves(changes, [own.mu[latent], mu[latent]]);
+    setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs. The dotted line is where the ` +
+      "encoder put it; level lines are 40 nats apart.");
   }
 
   function start() {
