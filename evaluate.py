@@ -10,11 +10,13 @@ image.
 """
 
 import base64
+import copy
 import functools
 import io
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 try:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from tqdm import tqdm
 
     import utils
     from data import BINARIZE, DATASETS, ImageData, binarize_test_set, check_bytes, load_dataset
-    from model import VAE, Decoder
+    from model import VAE, Decoder, Encoder, LatentZ
     from utils import UserError
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -322,54 +324,100 @@ def class_colors(num_classes: int) -> list[Any]:
     return list(matplotlib.colormaps["turbo"](torch.linspace(0, 1, num_classes).tolist()))
 
 
-def make_explorer(model: VAE, dataset: ImageData, inputs: Tensor, caption: str, num_points: int = 500) -> str:
-    """A web page with the decoder in it, in which the latent space can be explored: assets/explorer.html, filled in.
-
-    Floats lose their lowest byte, which moves a probability by less than 1e-4. Raises UserError as check_explorer does.
-    """
-    import matplotlib
-
-    check_explorer(model, dataset)
-
-    def encode(values: Tensor) -> str:
-        bits = values.detach().float().cpu().contiguous().view(torch.int32) + 0x80  # rounds to 24 bits
-        return base64.b64encode(bits.view(torch.uint8).view(-1, 4)[:, 1:].contiguous().numpy()).decode()
-
-    chosen = torch.linspace(0, len(inputs) - 1, min(num_points, len(inputs))).long()
-    logvar, mu = posteriors(model, inputs)
-    kl = model.kl_by_latent(logvar, mu).mean(0)
-    latent_size = len(kl)
-    content = {
-        "caption": caption,
-        "latent_size": latent_size,
-        "activation": model.config["activation"],
-        "layers": [{"weight": encode(layer.weight), "bias": encode(layer.bias)} for layer in model.decoder.children()],
-        "kl": kl.tolist(),
-        "order": [0, 1] if latent_size == 2 else kl.argsort(descending=True).tolist(),
-        "classes": dataset.classes,
-        "colors": [matplotlib.colors.to_hex(color) for color in class_colors(len(dataset.classes))],
-        "points": [
-            {"mu": [round(value, 3) for value in row], "label": label}
-            for row, label in zip(mu[chosen].tolist(), dataset.test_labels[chosen].tolist(), strict=True)
-        ],
-    }
-    text = json.dumps(content).replace("</", "<\\/")  # nothing in it ends the script element
-    return (Path(__file__).parent / "assets" / "explorer.html").read_text().replace("DATA", text, 1)
+def make_explorer(model: VAE, dataset: ImageData, caption: str) -> str:
+    """A web page in which the latent space of a model can be explored. Raises UserError as check_explorer does."""
+    check_explorer(model)
+    about = [
+        "What the encoder and the decoder of a variational autoencoder make of images, and of points between them."
+    ]
+    images, labels = dataset.test_images, dataset.test_labels
+    return make_page("Latent explorer", about, [caption], {"main": model}, images, labels, dataset.classes)
 
 
-def check_explorer(model: VAE, dataset: ImageData) -> None:
-    """Raises UserError for a model or images that the explorer can't show."""
-    methods = ("outputs", "mean", "log_prior", "sample_prior", "kl_by_latent")
+def check_explorer(model: VAE) -> None:
+    """Raises UserError for a model that the explorer can't show."""
+    methods = ("outputs", "mean", "log_likelihood", "log_prior", "sample_prior", "kl_by_latent")
     if type(model.decoder) is not Decoder or any(
         getattr(type(model), name) is not getattr(VAE, name) for name in methods
     ):
         raise UserError("the explorer is for fully connected decoders of pixel probabilities and the prior N(0, I)")
-    if sum(weight.numel() for weight in model.decoder.parameters()) > 2_000_000:
-        raise UserError("the decoder has more than 2 million weights, too many for a web page")
+    if sum(weight.numel() for weight in model.parameters()) > 4_000_000:
+        raise UserError("the model has more than 4 million weights, too many for a web page")
     if model.config["latent_size"] < 2:
         raise UserError("the explorer needs two latents or more")
-    if dataset.shape[0] != dataset.shape[1]:
-        raise UserError("the explorer shows square images only")
+
+
+def make_page(
+    title: str,
+    about: list[str],
+    notes: list[str],
+    models: dict[str, VAE],
+    images: Tensor,
+    labels: Tensor,
+    classes: list[str],
+    num_points: int = 2000,
+) -> str:
+    """A web page, docs/page.html filled in, that needs no network and runs the models itself.
+
+    about and notes are paragraphs, above and below. models: "main"; "map", of two latents, if there is one; and "vamp",
+    of which only the prior and decoder are shown. images (N, H, W) uint8 and labels (N,) are those to place in latent
+    space, by their posterior means. All is computed in float64, so that the same weights give the same page, byte for
+    byte, on every machine.
+    """
+    import matplotlib
+
+    chosen = _in_turn(labels.tolist(), num_points)
+    shown = images[chosen[: max(10, min(100, 400_000 // images[0].numel()))]]
+    content = {
+        "title": title,
+        "about": about,
+        "notes": notes,
+        "classes": classes,
+        "colors": [matplotlib.colors.to_hex(color) for color in class_colors(len(classes))],
+        "height": images.shape[1],
+        "width": images.shape[2],
+        "images": base64.b64encode(shown.contiguous().numpy()).decode(),
+        "labels": labels[chosen].tolist(),
+        "models": {role: _page_model(model, images[chosen]) for role, model in models.items()},
+    }
+    folder = Path(__file__).parent / "docs"
+    parts = {f"@{name}@": (folder / name).read_text() for name in ("page.css", "networks.js", "page.js")}
+    parts["@data@"] = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")  # ends no script element
+    return re.sub("|".join(parts), lambda match: parts[match[0]], (folder / "page.html").read_text())
+
+
+@in_eval_mode
+def _page_model(model: VAE, images: Tensor) -> dict[str, Any]:
+    """What docs/networks.js reads a model from. Without an encoder of the usual kind, what needs one is left out."""
+    model = copy.deepcopy(model).cpu().double()
+
+    def layer(linear: nn.Linear) -> dict[str, Any]:
+        return {"weight": _matrix(linear.weight.T), "bias": _floats(linear.bias)}
+
+    decoder = [layer(linear) for linear in model.decoder.children()]
+    content = {"activation": model.config["activation"], "decoder": decoder}
+    if not model.has_standard_prior():
+        logvar, mu = model.components()
+        return content | {"prior": {"mu": _matrix(mu), "std": _matrix(torch.exp(0.5 * logvar))}, "size": mu.shape[1]}
+    logvar, mu = posteriors(model, images.flatten(1).double() / 255)
+    kl = model.kl_by_latent(logvar, mu).mean(0)
+    order = [0, 1] if len(kl) == 2 else kl.argsort(descending=True).tolist()
+    content |= {"size": len(kl), "order": order, "points": _matrix(mu)}
+    if type(model.encoder) is Encoder and type(model.latent_z) is LatentZ and type(model).encode is VAE.encode:
+        content["encoder"] = [layer(linear) for linear in model.encoder.children()]
+        content |= {"mu": layer(model.latent_z.mu), "logvar": layer(model.latent_z.logvar)}
+    return content
+
+
+def _matrix(values: Tensor) -> dict[str, str]:
+    """(rows, columns) as whole numbers of 16 bits, with a scale per row: closer than float16, of the same size."""
+    scales = (values.abs().amax(1) / (2**15 - 1)).clamp(min=1e-30)
+    whole = (values / scales[:, None]).round()
+    return {"scales": _floats(scales), "values": base64.b64encode(whole.numpy().astype("<i2").tobytes()).decode()}
+
+
+def _floats(values: Tensor) -> str:
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
 def bce_label(model: VAE) -> str:
@@ -465,7 +513,7 @@ def evaluate_run(
             check_same_images(checkpoint, dataset, path)
     check_images(model, dataset)
     if explorer:
-        check_explorer(model, dataset)
+        check_explorer(model)
     if not out_dir:  # files of one folder, such as weights/, get folders of their own
         out_dir = path.with_suffix("") if path.suffix and path.name != "checkpoint.pt" else path.parent
     out_dir = Path(out_dir)
@@ -483,7 +531,7 @@ def evaluate_run(
         save_figure(figure, out_dir / name)
         print(f"wrote {out_dir / name}")
     if explorer:
-        page = make_explorer(model, dataset, inputs, caption)
+        page = make_explorer(model, dataset, caption)
         utils.write_atomically(out_dir / "explorer.html", page.encode())
         print(f"wrote {out_dir / 'explorer.html'}: open it in a browser")
     return metrics

@@ -1,0 +1,173 @@
+"use strict";
+
+// The networks of model.py, its losses, and MNIST's normalization of a drawing. Nothing here touches the page.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrices, which stand in the page as rows of 16-bit whole numbers with a scale per row
+
+function readBytes(base64) {
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
+const readFloats = base64 => new Float32Array(readBytes(base64).buffer);
+
+function readMatrix({ scales, values }) {  // -> its rows, each a Float32Array
+  const whole = new Int16Array(readBytes(values).buffer), rows = readFloats(scales), size = whole.length / rows.length;
+  return Array.from(rows, (scale, row) => {
+    const floats = new Float32Array(size);
+    for (let i = 0, j = row * size; i < size; i++, j++) floats[i] = scale * whole[j];
+    return floats;
+  });
+}
+
+const readLayers = layers => layers.map(({ weight, bias }) => ({ weight: readMatrix(weight), bias: readFloats(bias) }));
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model: fully connected layers. A layer's weight holds a row for each of its inputs
+
+const sigmoid = x => 1 / (1 + Math.exp(-x));
+const activations = { relu: x => Math.max(x, 0), tanh: Math.tanh, silu: x => x * sigmoid(x) };
+
+function linear({ weight, bias }, x) {
+  const y = Float64Array.from(bias), rows = [], by = [];
+  for (let j = 0; j < x.length; j++) if (x[j] !== 0) rows.push(weight[j]), by.push(x[j]);  // most pixels are 0
+  while (rows.length % 4) rows.push(weight[0]), by.push(0);
+  for (let k = 0; k < rows.length; k += 4) {  // four at a time, so that y is read and written a quarter as often
+    const p = rows[k], q = rows[k + 1], r = rows[k + 2], s = rows[k + 3];
+    const a = by[k], b = by[k + 1], c = by[k + 2], d = by[k + 3];
+    for (let i = 0; i < y.length; i++) y[i] += a * p[i] + b * q[i] + c * r[i] + d * s[i];
+  }
+  return y;
+}
+
+function readModel({ size, order, activation, encoder, mu, logvar, decoder, prior, points }) {
+  const activate = activations[activation];
+  const hidden = (layers, x) => layers.reduce((h, layer) => linear(layer, h).map(activate), x);
+  const decoderLayers = readLayers(decoder), outputLayer = decoderLayers.pop();
+  const model = { size, order, points: points && readMatrix(points) };
+
+  model.logits = z => linear(outputLayer, hidden(decoderLayers, z));
+  model.decode = z => model.logits(z).map(sigmoid);
+
+  if (encoder) {
+    const encoderLayers = readLayers(encoder), [muLayer, logvarLayer] = readLayers([mu, logvar]);
+    model.encode = x => {
+      const h = hidden(encoderLayers, x), logvar = linear(logvarLayer, h);
+      return { mu: linear(muLayer, h), logvar, std: logvar.map(value => Math.exp(0.5 * value)) };
+    };
+  }
+
+  // A draw of the prior, spread `temperature` times as far: of N(0, I), or of one posterior of the VampPrior's mixture
+  const components = prior && { mu: readMatrix(prior.mu), std: readMatrix(prior.std) };
+  model.drawPrior = random => {
+    const k = components && Math.floor(random() * components.mu.length);
+    const eps = new Float64Array(size).map(() => normal(random));
+    const [mean, std] = components ? [components.mu[k], components.std[k]] : [eps.map(() => 0), eps.map(() => 1)];
+    return temperature => eps.map((value, i) => mean[i] + temperature * std[i] * value);
+  };
+  return model;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loss's two terms, in nats, and draws
+
+const bceByPixel = (logits, x) => logits.map((l, i) => Math.max(l, 0) - l * x[i] + Math.log1p(Math.exp(-Math.abs(l))));
+const klByLatent = ({ mu, logvar }) => mu.map((m, i) => -0.5 * (1 + logvar[i] - m * m - Math.exp(logvar[i])));
+const sum = values => values.reduce((a, b) => a + b, 0);
+
+function generator(seed) {  // uniform in [0, 1), the same for a seed in every browser: mulberry32
+  return () => {
+    seed = seed + 0x6d2b79f5 | 0;
+    let t = Math.imul(seed ^ seed >>> 15, 1 | seed);
+    t = t + Math.imul(t ^ t >>> 7, 61 | t) ^ t;
+    return ((t ^ t >>> 14) >>> 0) / 2 ** 32;
+  };
+}
+
+function normal(random) {  // Box-Muller
+  return Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Points of the latent space
+
+const mix = (a, b, t) => Float64Array.from(a, (value, i) => value + t * (b[i] - value));
+
+function squaredDistance(a, b) {
+  let total = 0;
+  for (let i = 0; i < a.length; i++) total += (a[i] - b[i]) ** 2;
+  return total;
+}
+
+function nearestClass(points, labels, z, count = 5) {  // by vote of the nearest points; the nearest decides a tie
+  const distances = points.map(point => squaredDistance(point, z)), votes = [];
+  while (votes.length < Math.min(count, points.length)) {
+    const nearest = distances.reduce((best, distance, i) => distance < distances[best] ? i : best, 0);
+    votes.push(labels[nearest]);
+    distances[nearest] = Infinity;
+  }
+  const number = label => votes.filter(other => other === label).length;
+  return votes.reduce((best, label) => number(label) > number(best) ? label : best);
+}
+
+function mostTypical(points, labels, label) {  // -> the point of a class among most of its own, and least of others
+  const near = (a, b) => Math.exp(-squaredDistance(a, b) / (0.12 * a.length));
+  const score = a => sum(points.map((b, i) => labels[i] === label ? near(a, b) : -near(a, b)));
+  const own = points.filter((_, i) => labels[i] === label), scores = own.map(score);
+  return own[scores.indexOf(Math.max(...scores))];
+}
+
+function closedPath(stops, t) {  // a Catmull-Rom curve through all stops and back, which is at stops[i] for t = i
+  const i = Math.floor(t), s = t - i;
+  const [a, b, c, d] = [-1, 0, 1, 2].map(k => stops[(i + k + stops.length) % stops.length]);
+  return Float64Array.from(b, (_, k) => {
+    const cubic = 3 * (b[k] - c[k]) + d[k] - a[k], square = 2 * a[k] - 5 * b[k] + 4 * c[k] - d[k];
+    return b[k] + 0.5 * s * (c[k] - a[k] + s * (square + s * cubic));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A drawing as MNIST has its digits: they fill a box of 20 of 28 pixels, and their centre of mass is the image's centre
+
+const PEN = 1.3;  // half the width of a line, in pixels of 28, which gives as much ink as MNIST's digits have
+
+function rasterize(strokes, height, width) {  // strokes: lists of [x, y], in shares of the canvas's width -> pixels
+  const points = strokes.flat(), unit = Math.min(height, width) / 28, pen = PEN * unit;
+  if (!points.length) return new Float32Array(height * width);
+  const [xs, ys] = [0, 1].map(axis => points.map(point => point[axis]));
+  const left = Math.min(...xs), top = Math.min(...ys);
+  const extent = Math.max(Math.max(...xs) - left, Math.max(...ys) - top, 0.1);  // of a dot, not to blow up a tremble
+  const scale = (20 * unit - 2 * pen) / extent;
+  const paintAt = (dx, dy) => {
+    const toPixels = ([x, y]) => [scale * (x - left) + dx, scale * (y - top) + dy];
+    return paint(strokes.map(stroke => stroke.map(toPixels)), height, width, pen);
+  };
+  const [x, y] = centreOfMass(paintAt(4 * unit, 4 * unit), width);
+  return paintAt(4 * unit + width / 2 - x, 4 * unit + height / 2 - y);
+}
+
+function centreOfMass(pixels, width) {
+  const mass = sum(pixels);
+  return [i => i % width, i => Math.floor(i / width)]
+    .map(place => pixels.reduce((total, value, i) => total + value * (place(i) + 0.5), 0) / mass);
+}
+
+function paint(strokes, height, width, pen) {  // lines with round ends; a pixel's value is about its covered share
+  const pixels = new Float32Array(height * width), reach = pen + 0.5;
+  const from = (a, b) => Math.max(0, Math.floor(Math.min(a, b) - reach));
+  const to = (a, b, size) => Math.min(size, Math.max(a, b) + reach);
+  const segments = strokes.flatMap(stroke => stroke.map((point, i) => [stroke[Math.max(0, i - 1)], point]));
+  for (const [[ax, ay], [bx, by]] of segments) {
+    const dx = bx - ax, dy = by - ay, squaredLength = dx * dx + dy * dy;
+    for (let row = from(ay, by); row < to(ay, by, height); row++) {
+      for (let column = from(ax, bx); column < to(ax, bx, width); column++) {
+        const px = column + 0.5 - ax, py = row + 0.5 - ay, i = row * width + column;
+        const share = squaredLength ? Math.max(0, Math.min(1, (px * dx + py * dy) / squaredLength)) : 0;
+        pixels[i] = Math.max(pixels[i], Math.min(1, reach - Math.hypot(px - share * dx, py - share * dy)));
+      }
+    }
+  }
+  return pixels;
+}

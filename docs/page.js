@@ -1,0 +1,541 @@
+// What the page shows of the models, and what can be done with them. A section whose model is not there is left out.
+
+const byId = id => document.getElementById(id);
+const data = JSON.parse(byId("data").textContent);
+const { classes, colors, labels, height, width } = data;
+const [main, vamp, map = main] = ["main", "vamp", "map"].map(role => data.models[role] && readModel(data.models[role]));
+const bytes = readBytes(data.images);  // of images whose posterior means are the first of each model's points
+const images = Array.from({ length: bytes.length / (height * width) }, (_, i) => {
+  return Float32Array.from(bytes.subarray(i * height * width, (i + 1) * height * width), byte => byte / 255);
+});
+const EXTENT = 4;  // sliders and maps show latents from -EXTENT to EXTENT
+const clamp = value => Math.max(-EXTENT, Math.min(EXTENT, value));
+const latentName = latent => `z${[...String(latent + 1)].map(digit => "₀₁₂₃₄₅₆₇₈₉"[digit]).join("")}`;
+const signed = value => value.toFixed(2).replace("-0.00", "0.00").replace("-", "−");
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Work is done by named generators, which get 6 ms of each frame. What one does until a yield takes a few ms at most
+
+const jobs = new Map();
+
+function refresh(name, job) {  // the latest job of a name takes the place of the one before
+  if (!jobs.size) requestAnimationFrame(runJobs);
+  jobs.set(name, job);
+}
+
+function runJobs() {
+  const start = performance.now();
+  for (const [name, job] of jobs) {
+    let done;
+    do { done = job.next().done; } while (!done && performance.now() - start < 6);
+    if (done && jobs.get(name) === job) jobs.delete(name);
+  }
+  if (jobs.size) requestAnimationFrame(runJobs);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Elements
+
+function make(tag, parent, properties = {}) {
+  const element = Object.assign(document.createElement(tag), properties);
+  parent.append(element);
+  return element;
+}
+
+function makeSvg(tag, parent, attributes = {}) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  setAttributes(element, attributes);
+  parent.append(element);
+  return element;
+}
+
+function setAttributes(element, attributes) {
+  Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value));
+}
+
+function setText(element, text) {  // only where it changes, since screen readers may read it aloud
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function resize(canvas, columns, rows) {  // to so many images, and empties it
+  canvas.width = columns * width;
+  canvas.height = rows * height;
+}
+
+function put(canvas, pixels, column = 0, row = 0) {  // one image, among others
+  const image = new ImageData(width, height), words = new Uint32Array(image.data.buffer);
+  pixels.forEach((p, i) => { words[i] = 0xff000000 + 0x010101 * Math.round(255 * p); });
+  canvas.getContext("2d").putImageData(image, column * width, row * height);
+}
+
+function show(id, pixels, description) {
+  const canvas = byId(id);
+  if (canvas.height !== height || canvas.width !== width) resize(canvas, 1, 1);
+  put(canvas, pixels);
+  canvas.ariaLabel = description;
+}
+
+function makeSliders(box, model, onInput) {  // of all latents, those that say most first -> sliders by latent
+  const sliders = [];
+  for (const latent of model.order) {
+    const label = make("label", box, { className: "slider" });
+    label.append(latentName(latent));
+    const slider = make("input", label, { type: "range", min: -EXTENT, max: EXTENT, step: 0.01 });
+    slider.ariaLabel = `Latent ${latent + 1}`;
+    slider.oninput = () => onInput(latent, Number(slider.value));
+    make("output", label);
+    sliders[latent] = slider;
+  }
+  return sliders;
+}
+
+function setSlider(slider, value, text = signed(value)) {
+  slider.value = value;
+  slider.ariaValueText = text;
+  setText(slider.nextElementSibling, text);
+}
+
+function onDrag(element, start, move) {  // of a finger or the main button; places are shares of the element's sides
+  const place = event => {
+    const box = element.getBoundingClientRect();
+    return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  };
+  element.addEventListener("pointerdown", event => {
+    if (!event.isPrimary || event.button) return;
+    element.setPointerCapture(event.pointerId);
+    start(place(event), event.pointerType === "touch");
+  });
+  element.addEventListener("pointermove", event => {
+    if (event.isPrimary && element.hasPointerCapture(event.pointerId)) move(place(event));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The map: two latents of a model, with the posterior means of images as dots. In its SVG, a latent's unit is 100 long
+
+const [across, up] = map.order;
+const dots = map.points.slice(0, 500);
+const stops = [...new Set(labels)].sort((a, b) => a - b)  // where each class is labelled, and a flight passes
+  .map(label => ({ label, mu: mostTypical(dots, labels, label) })).filter(({ mu }) => mu);
+const onMap = mu => ({ x: 100 * mu[across], y: -100 * mu[up] });
+
+function makeMap(box) {
+  const canvas = make("canvas", box), size = 100 * EXTENT;
+  const svg = makeSvg("svg", box, { viewBox: `${-size} ${-size} ${2 * size} ${2 * size}`, "aria-hidden": true });
+  for (let value = 1 - EXTENT; value < EXTENT; value++) {
+    const lines = `M${100 * value} ${-size}V${size}M${-size} ${100 * value}H${size}`;
+    makeSvg("path", svg, { class: value ? "grid" : "axis", d: lines });
+  }
+  const group = makeSvg("g", svg, { class: "dots" });
+  dots.map(onMap).forEach(({ x, y }, i) => makeSvg("circle", group, { cx: x, cy: y, r: 5, fill: colors[labels[i]] }));
+  if (stops.length <= 20) {
+    stops.forEach(({ label, mu }) => { makeSvg("text", svg, onMap(mu)).textContent = classes[label]; });
+  }
+  return { canvas, svg, dots: group };
+}
+
+function* drawManifold(canvases, tiles = 24) {  // of a model of two latents, from the centre outwards
+  const columns = Math.round(tiles * Math.sqrt(height / width)), rows = Math.round(tiles * Math.sqrt(width / height));
+  canvases.forEach(canvas => resize(canvas, columns, rows));
+  const places = Array.from({ length: rows * columns }, (_, i) => {
+    const column = i % columns, row = Math.floor(i / columns);
+    return { column, row, z: [(2 * column + 1) / columns - 1, 1 - (2 * row + 1) / rows].map(share => EXTENT * share) };
+  });
+  places.sort((a, b) => Math.hypot(...a.z) - Math.hypot(...b.z));
+  for (const { column, row, z } of places) {
+    const pixels = map.decode(z);
+    canvases.forEach(canvas => put(canvas, pixels, column, row));
+    yield;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Draw. The image at hand is a drawing, or one of the images in the page
+
+const input = { pixels: images[0], name: "", listeners: [] };
+const imageName = i => `an image of class ${classes[labels[i]]}`;
+
+function setInput(pixels, name) {
+  Object.assign(input, { pixels, name });
+  input.listeners.forEach(listener => listener());
+}
+
+function startPad() {  // -> what shows an image instead of a drawing
+  const pad = byId("pad"), context = pad.getContext("2d");
+  let strokes = [];
+  pad.width = 600;
+  pad.height = Math.round(600 * height / width);
+
+  function clear() {
+    strokes = [];
+    context.fillRect(0, 0, pad.width, pad.height);
+  }
+
+  function extend([x, y]) {  // the stroke in progress
+    const stroke = strokes.at(-1), lineWidth = 2 * PEN / 28 * Math.min(pad.width, pad.height);
+    stroke.push([x, y * pad.height / pad.width]);
+    Object.assign(context, { strokeStyle: "white", lineWidth, lineCap: "round" });
+    context.beginPath();
+    for (const [x, y] of [stroke.at(-2) ?? stroke[0], stroke.at(-1)]) context.lineTo(x * pad.width, y * pad.width);
+    context.stroke();
+    refresh("drawing", read());
+  }
+
+  function* read() {
+    setInput(rasterize(strokes, height, width), "your drawing");
+  }
+
+  onDrag(pad, place => {
+    if (!strokes.length) clear();
+    strokes.push([]);
+    extend(place);
+  }, extend);
+  byId("clear").onclick = () => {
+    clear();
+    setInput(new Float32Array(height * width), "nothing");
+  };
+  return i => {
+    clear();
+    const canvas = document.createElement("canvas");
+    resize(canvas, 1, 1);
+    put(canvas, images[i]);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(canvas, 0, 0, pad.width, pad.height);
+    setInput(images[i], imageName(i));
+  };
+}
+
+function startDraw() {
+  const showImage = startPad(), drawMap = makeMap(byId("draw-map"));
+  const cross = makeSvg("path", drawMap.svg, { class: "cross" });
+  const ellipses = [2, 1].map(sigmas => [sigmas, makeSvg("ellipse", drawMap.svg, { class: "spread" })]);
+  const bars = main.order.map(latent => {
+    const bar = make("div", byId("posterior"), { className: "latent" });
+    make("span", bar, { textContent: latentName(latent) });
+    return bar;
+  });
+  const inWords = ({ mu, std }, latents) => {
+    return latents.map(k => `${latentName(k)} ${signed(mu[k])} ± ${std[k].toFixed(2)}`).join(", ");
+  };
+
+  function showPlace({ mu, std }) {
+    const { x, y } = onMap(mu), size = 100 * EXTENT;
+    setAttributes(cross, { d: `M${x} ${-size}V${size}M${-size} ${y}H${size}` });
+    ellipses.forEach(([n, ellipse]) => {
+      setAttributes(ellipse, { cx: x, cy: y, rx: 100 * n * std[across], ry: 100 * n * std[up] });
+    });
+  }
+
+  function showPosterior({ mu, std }) {
+    main.order.forEach((k, i) => {
+      bars[i].style.setProperty("--mu", clamp(mu[k]).toFixed(3));
+      bars[i].style.setProperty("--std", std[k].toFixed(3));
+    });
+  }
+
+  function* read() {
+    const { pixels, name } = input, posterior = main.encode(pixels), onTheMap = map.encode(pixels);
+    const verdict = name === "nothing" ? "" : classes[nearestClass(main.points, labels, posterior.mu)];
+    show("read", pixels, `What the encoder reads: ${name}`);
+    show("rebuilt", main.decode(posterior.mu), `Reconstruction of ${name}`);
+    setText(byId("verdict"), verdict && `Looks like ${verdict}`);
+    showPlace(onTheMap);
+    showPosterior(posterior);
+    byId("pad").ariaLabel = `Drawing area, for mouse or finger. It shows ${name}`;
+    byId("draw-map").ariaLabel = `Map with the place of ${name}: ${inWords(onTheMap, [across, up])}`;
+    byId("posterior").ariaLabel = `Posterior of ${name}: ${inWords(posterior, main.order.slice(0, 5))}, and so on`;
+  }
+
+  let turn = 0;
+  byId("next").onclick = () => showImage(turn = (turn + 1) % images.length);
+  input.listeners.push(() => refresh("draw", read()));
+  showImage(turn);
+  return drawMap;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Walk
+
+const walk = { z: new Float64Array(map.size), chosen: -1, sliders: [] };  // chosen: the dot that z is the mean of
+
+function walkTo(z, chosen = -1) {
+  Object.assign(walk, { z: Float64Array.from(z), chosen });
+  refresh("walk", showWalk());
+}
+
+function walkBy(right, upwards) {
+  walkTo(walk.z.map((value, k) => clamp(value + (k === across ? right : k === up ? upwards : 0))));
+}
+
+function* showWalk() {
+  const { z, chosen, sliders, marker } = walk, { x, y } = onMap(z);
+  const mean = chosen < 0 ? "" : `, the mean of ${imageName(chosen)}`;
+  const where = `${latentName(across)} = ${signed(z[across])}, ${latentName(up)} = ${signed(z[up])}${mean}`;
+  show("walked", map.decode(z), `Image decoded from ${where}`);
+  setAttributes(marker, { cx: x, cy: y });
+  setText(byId("walk-place"), where);
+  byId("walk-map").ariaLabel = `Map, ${where}. Arrow keys move the point.`;
+  sliders.forEach((slider, latent) => setSlider(slider, z[latent]));
+}
+
+function followPointer(box) {
+  let pressed, onDot;
+  const toLatents = ([x, y]) => [clamp(EXTENT * (2 * x - 1)), clamp(EXTENT * (1 - 2 * y))];
+  const pixels = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1]) * box.clientWidth / (2 * EXTENT);
+  const follow = ([x, y]) => walkBy(x - walk.z[across], y - walk.z[up]);
+
+  onDrag(box, (place, touch) => {
+    fly(false);
+    pressed = toLatents(place);
+    const distances = dots.map(mu => pixels([mu[across], mu[up]], pressed));
+    const nearest = distances.indexOf(Math.min(...distances));
+    onDot = distances[nearest] < (touch ? 10 : 5);
+    if (onDot) walkTo(dots[nearest], nearest);
+    else follow(pressed);
+  }, place => {
+    onDot &&= pixels(toLatents(place), pressed) < 8;  // a hand that trembles does not drag yet
+    if (!onDot) follow(toLatents(place));
+  });
+}
+
+function followKeys(event) {
+  const step = event.shiftKey ? 0.5 : 0.05;
+  const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+  if (!way) return;
+  event.preventDefault();
+  fly(false);
+  walkBy(step * way[0], step * way[1]);
+}
+
+function fly(on) {  // along a curve through all classes, and where motion is not wanted, from one to the next
+  const means = stops.map(({ mu }) => mu);
+  let before = null;
+  function step(now) {
+    walk.flown = (walk.flown ?? 0) + (before === null ? 0 : Math.min(now - before, 100) / 2000);  // in stops
+    before = now;
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    walkTo(closedPath(means, still ? Math.floor(walk.flown) : walk.flown));
+    walk.flight = requestAnimationFrame(step);
+  }
+  cancelAnimationFrame(walk.flight);
+  walk.flight = on ? requestAnimationFrame(step) : 0;
+  setText(byId("fly"), on ? "Pause" : "Fly");
+  byId("walk-place").ariaLive = on ? "off" : "polite";
+  walk.route.style.display = on ? "" : "none";
+}
+
+function startWalk() {
+  const box = byId("walk-map"), walkMap = makeMap(box), means = stops.map(({ mu }) => mu);
+  const route = Array.from({ length: 40 * means.length }, (_, i) => onMap(closedPath(means, i / 40)));
+  const curve = `M${route.map(({ x, y }) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}Z`;
+  walk.route = makeSvg("path", walkMap.svg, { class: "route", d: curve });
+  walk.marker = makeSvg("circle", walkMap.svg, { class: "marker", r: 14 });
+  const stopAt = z => { fly(false); walkTo(z); };
+  if (map.size > 2) {
+    walk.sliders = makeSliders(byId("walk-sliders"), map, (latent, value) => stopAt(walk.z.with(latent, value)));
+  }
+  followPointer(box);
+  box.addEventListener("keydown", followKeys);
+  byId("fly").onclick = () => fly(!walk.flight);
+  byId("jump").onclick = () => stopAt(map.drawPrior(Math.random)(1));
+  byId("origin").onclick = () => stopAt(new Float64Array(map.size));
+  byId("dots").onchange = () => { walkMap.dots.style.display = byId("dots").checked ? "" : "none"; };
+  const axes = `Across is ${latentName(across)} and up is ${latentName(up)}, the two latents that say most`;
+  setText(byId("walk-text"), (map.size === 2
+    ? "A model of two latents has a map: each place on it decodes to an image."
+    : `Each point of latent space decodes to an image. ${axes}; below are sliders for all.`) +
+    " Dots are posterior means of images, in the colours of their classes.");
+  classes.forEach((name, label) => {
+    const item = make("li", byId("legend"));
+    make("i", item).style.background = colors[label];
+    item.append(name);
+  });
+  stopAt(walk.z);
+  return walkMap;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Mix
+
+function makeEnd(name, onChange) {  // one of two images -> what gives its pixels and latents
+  const select = byId(`${name}-class`), drawing = { pixels: images[0], mu: main.points[0] };
+  let turn = 0;
+  [...new Set(labels.slice(0, images.length))].sort((a, b) => a - b)
+    .forEach(label => make("option", select, { value: label, textContent: classes[label] }));
+  if (main.encode) make("option", select, { value: "drawing", textContent: "drawing" });
+  select.value = select.options[name === "from" ? 0 : Math.min(8, select.length - 2)].value;
+
+  function change() {
+    if (select.value === "drawing") Object.assign(drawing, { pixels: input.pixels, mu: main.encode(input.pixels).mu });
+    onChange();
+  }
+  select.onchange = change;
+  byId(`${name}-next`).onclick = () => { turn++; change(); };
+
+  return () => {
+    const own = images.map((_, i) => i).filter(i => labels[i] === Number(select.value)), i = own[turn % own.length];
+    const end = select.value === "drawing" ? drawing : { pixels: images[i], mu: main.points[i] };
+    show(name, end.pixels, select.value === "drawing" ? "A drawing" : imageName(i));
+    return end;
+  };
+}
+
+function startMix() {
+  const STEPS = 11, strips = [byId("path-latents"), byId("path-pixels")], share = byId("share");
+  const ends = ["from", "to"].map(name => makeEnd(name, () => refresh("path", path())));
+  strips.forEach(strip => resize(strip, STEPS, 1));
+
+  function* path() {
+    const [from, to] = ends.map(end => end());
+    share.oninput = () => refresh("mix", mixed(from, to));
+    share.oninput();
+    for (let step = 0; step < STEPS; step++) {
+      const t = step / (STEPS - 1);
+      put(strips[0], main.decode(mix(from.mu, to.mu, t)), step);
+      put(strips[1], mix(from.pixels, to.pixels, t), step);
+      yield;
+    }
+  }
+
+  function* mixed(from, to) {
+    const t = Number(share.value), percent = `${Math.round(100 * t)}%`;
+    setText(share.nextElementSibling, percent);
+    show("mixed-latents", main.decode(mix(from.mu, to.mu, t)), `Decoded ${percent} of the way in latent space`);
+    show("mixed-pixels", mix(from.pixels, to.pixels, t), `Pixels blended, ${percent} of the way`);
+  }
+
+  refresh("path", path());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sample
+
+function startSample() {
+  const SIDE = 6, temperature = byId("temperature");
+  const grids = [[main, "N(0, I)"], [vamp, "VampPrior"]].filter(([model]) => model).map(([model, prior]) => {
+    const figure = make("figure", byId("grids")), canvas = make("canvas", figure);
+    resize(canvas, SIDE, SIDE);
+    canvas.setAttribute("role", "img");
+    make("figcaption", figure, { textContent: `${prior}, ${model.size} latents` });
+    return { model, prior, canvas };
+  });
+
+  function draw(random) {
+    grids.forEach(grid => { grid.draws = Array.from({ length: SIDE * SIDE }, () => grid.model.drawPrior(random)); });
+    decode();
+  }
+
+  function decode() {
+    setText(temperature.nextElementSibling, Number(temperature.value).toFixed(2));
+    grids.forEach(grid => refresh(`samples ${grid.prior}`, fill(grid)));
+  }
+
+  function* fill({ model, prior, canvas, draws }) {
+    canvas.ariaLabel = `${draws.length} samples from the prior ${prior}, at temperature ${temperature.value}`;
+    for (let i = 0; i < draws.length; i++) {
+      put(canvas, model.decode(draws[i](Number(temperature.value))), i % SIDE, Math.floor(i / SIDE));
+      yield;
+    }
+  }
+
+  setText(byId("sample-text"), "A draw of the prior, decoded, is an image that never was. " +
+    (vamp ? "Left, the prior is the standard normal; right, the VampPrior, a learned mixture of posteriors. " : "") +
+    "The temperature is how far draws spread: low, to what is likely; high, to where the decoder has never been.");
+  temperature.oninput = decode;
+  byId("again").onclick = () => draw(Math.random);
+  draw(generator(0));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Loss
+
+function makeLoss() {  // -> the negative ELBO and its terms, with the BCE's mean over fixed draws, for smooth curves
+  const random = generator(1), noise = [0, 1].map(() => new Float64Array(main.size).map(() => normal(random)));
+  const draws = [...noise, ...noise.map(eps => eps.map(value => -value))];
+  return ({ mu, std, logvar }) => {
+    const zs = draws.map(eps => mu.map((m, k) => m + std[k] * eps[k]));
+    const bce = sum(zs.map(z => sum(bceByPixel(main.logits(z), input.pixels)))) / zs.length;
+    const kl = sum(klByLatent({ mu, logvar }));
+    return { bce, kl, total: bce + kl };
+  };
+}
+
+function makeCurves() {  // -> what draws how the loss and its terms change along a latent
+  const svg = byId("curve"), terms = ["total", "bce", "kl"];
+  const toY = nats => Math.max(-5, Math.min(105, 80 - nats)).toFixed(2);
+  for (const nats of [0, 40]) makeSvg("path", svg, { class: "level", d: `M0 ${toY(nats)}H100` });
+  const curves = terms.map(name => makeSvg("path", svg, { class: name }));
+  const lines = ["own", "here"].map(name => makeSvg("path", svg, { class: name }));
+  return (changes, places) => {
+    const at = i => 100 * i / (changes.length - 1);
+    terms.forEach((term, c) => {
+      curves[c].setAttribute("d", `M${changes.map((change, i) => `${at(i)} ${toY(change[term])}`).join("L")}`);
+    });
+    places.forEach((value, i) => lines[i].setAttribute("d", `M${50 + 50 * clamp(value) / EXTENT} 0V100`));
+  };
+}
+
+function startLoss() {
+  const COUNT = 37, loss = makeLoss(), drawCurves = makeCurves();
+  let own, posterior, latent = main.order[0];  // the encoder's posterior, that of the sliders, and the one in the chart
+  const sliders = makeSliders(byId("loss-sliders"), main, (k, value) => choose(k, posterior.mu[k] = value));
+  sliders.forEach((slider, k) => { slider.onfocus = () => choose(k); });
+
+  function choose(k) {
+    latent = k;
+    refresh("loss", update());
+  }
+
+  function* update() {
+    const { mu } = posterior, kl = klByLatent(posterior), logits = main.logits(mu);
+    const byPixel = bceByPixel(logits, input.pixels).map(nats => Math.min(1, nats / 3));
+    show("loss-rebuilt", logits.map(sigmoid), "Reconstruction from the sliders' means");
+    show("loss-pixels", byPixel, "BCE by pixel: white is 3 nats or more");
+    sliders.forEach((slider, k) => setSlider(slider, mu[k], `${signed(mu[k])}, KL ${kl[k].toFixed(2)}`));
+    yield;
+    const now = loss(posterior), before = loss(own), changes = [];
+    setText(byId("nats"), `BCE ${now.bce.toFixed(1)} + KL ${now.kl.toFixed(1)} = ${now.total.toFixed(1)} nats, the ` +
+      `negative ELBO. With the encoder's means: ${before.total.toFixed(1)}.`);
+    for (let i = 0; i < COUNT; i++) {
+      const there = loss({ ...posterior, mu: mu.with(latent, EXTENT * (2 * i / (COUNT - 1) - 1)) });
+      changes.push({ total: there.total - before.total, bce: there.bce - before.bce, kl: there.kl - before.kl });
+      yield;
+    }
+    drawCurves(changes, [own.mu[latent], mu[latent]]);
+    setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs. The dotted line is where the ` +
+      "encoder put it; level lines are 40 nats apart.");
+  }
+
+  function start() {
+    own = main.encode(input.pixels);
+    posterior = { ...own, mu: own.mu.slice() };
+    show("loss-image", input.pixels, input.name);
+    refresh("loss", update());
+  }
+
+  byId("reset").onclick = start;
+  input.listeners.push(start);
+  start();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The page
+
+function leaveOut(id) {
+  byId(id).remove();
+  document.querySelector(`nav a[href="#${id}"]`).remove();
+}
+
+document.title = data.title;
+setText(byId("title"), data.title);
+data.about.forEach(text => make("p", byId("about"), { textContent: text }));
+data.notes.forEach(text => make("p", byId("notes"), { textContent: text }));
+
+const maps = [startWalk()];
+if (main.encode && map.encode) maps.push(startDraw());
+else leaveOut("draw");
+startMix();
+startSample();
+if (main.encode) startLoss();
+else leaveOut("loss");
+if (map.size === 2) refresh("manifold", drawManifold(maps.map(({ canvas }) => canvas)));

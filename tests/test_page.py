@@ -1,0 +1,565 @@
+"""The page of docs/ and the explorer in a real browser, with the browser's own mouse, touch and key events."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import thinned
+from torch import Tensor, nn
+
+import evaluate
+import utils
+from assets.page import BROWSER, Browser, open_browser
+from data import ImageData
+from docs import make
+from experiments.vampprior import VampVAE
+from model import VAE, kl_divergence
+from utils import UserError
+
+PAGE = Path(__file__).parent.parent / "docs" / "index.html"
+EXTENT = 4  # maps and sliders show latents from -EXTENT to EXTENT
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not BROWSER:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[[str | Path], Browser]]:
+    """Opens a page, given as text or as a file. In the end, nothing may have gone wrong in it."""
+
+    def open_page(page: str | Path) -> Browser:
+        if isinstance(page, str):
+            (tmp_path / "page.html").write_text(page)
+            page = tmp_path / "page.html"
+        browser.open(page.as_uri())
+        return browser
+
+    browser.errors.clear()
+    browser.resize(1280, 900)
+    yield open_page
+    browser.run("0")  # reads what the browser has to say
+    assert browser.errors == []
+
+
+@pytest.fixture(scope="module")
+def few(digits: ImageData) -> ImageData:
+    return thinned(digits, 5)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, VAE]:
+    """As those of docs/index.html, but small and without training."""
+    torch.manual_seed(0)
+    vamp = VampVAE(num_pseudo_inputs=6, hidden_size=16, latent_size=3)
+    return {"main": VAE(hidden_size=16, latent_size=5), "map": VAE(hidden_size=16, latent_size=2), "vamp": vamp}
+
+
+@pytest.fixture(scope="module")
+def page(models: dict[str, VAE], few: ImageData) -> str:
+    return evaluate.make_page("Page", [], [], models, few.test_images, few.test_labels, few.classes)
+
+
+def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
+    """The value of an expression when what was done has arrived, and all is drawn, or what one job draws."""
+    browser.run(f"""new Promise(done => {{
+        const busy = () => {f"jobs.has('{job}')" if job else "jobs.size"};
+        const wait = () => busy() ? requestAnimationFrame(wait) : done();
+        requestAnimationFrame(() => requestAnimationFrame(wait));
+    }})""")
+    return browser.run(script)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?[\d.]*\d", text.replace("\N{MINUS SIGN}", "-"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"latent_size": 2, "activation": "tanh"},
+        {"latent_size": 20},
+        {"latent_size": 50, "hidden_size": 512, "decoder_layers": 2, "activation": "silu"},
+    ],
+)
+def test_computes_what_pytorch_does(config: dict, few: ImageData, show: Callable[..., Browser]):
+    torch.manual_seed(0)
+    model = VAE(**config).eval()
+    for layer in [
+        *model.encoder.children(),
+        *model.latent_z.children(),
+        *model.decoder.children(),
+    ]:  # values as wide as a trained model's
+        nn.init.normal_(layer.weight, std=1.8 / layer.in_features**0.5)
+    z = 2 * torch.randn(5, config["latent_size"])
+    browser = show(evaluate.make_explorer(model, few, "caption"))
+    result = browser.run(f"""(() => {{
+        const list = values => Array.from(values), first = images.slice(0, 5), all = {z.tolist()};
+        const posteriors = first.map(main.encode);
+        return {{
+          images: first.map(list), points: main.points.slice(0, 5).map(list), x_hat: all.map(z => list(main.decode(z))),
+          mu: posteriors.map(p => list(p.mu)), std: posteriors.map(p => list(p.std)),
+          kl: posteriors.map(p => list(klByLatent(p))),
+          bce: all.map((z, i) => sum(bceByPixel(main.logits(z), first[i]))),
+        }};
+    }})()""")
+    result = {name: torch.tensor(values) for name, values in result.items()}
+    x = few.test_images.flatten(1) / 255
+    x = x[torch.cdist(result["images"], x).argmin(1)]  # in the page's order
+    with torch.no_grad():
+        _, logvar, mu = model.encode(x)
+        bce = -model.log_likelihood(model.outputs(z), x)
+        expected = {"images": x, "mu": mu, "points": mu, "std": torch.exp(0.5 * logvar), "x_hat": model.decode(z)}
+    assert len(x.unique(dim=0)) == 5
+    assert expected["x_hat"].std() > 0.2
+    assert expected["mu"].std() > 0.2
+    for name, values in expected.items():
+        assert result[name].sub(values).abs().max() < 1e-3, name
+    torch.testing.assert_close(result["kl"], kl_divergence(logvar, mu), atol=1e-2, rtol=0)
+    torch.testing.assert_close(result["bce"], bce, atol=0, rtol=1e-4)
+
+
+def test_draws_from_both_priors(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
+    """At temperature 0, the prior's mean or those of its components; at temperature 1, its own first two moments."""
+    with torch.no_grad():
+        logvar, mu = models["vamp"].components()
+    moments = {"main": (torch.zeros(1, 5), torch.ones(1, 5)), "vamp": (mu, logvar.exp())}
+    browser = show(page)
+    for role, (means, variances) in moments.items():
+        at_0, at_1 = torch.tensor(
+            browser.run(f"""(() => {{
+                const random = generator(3), draws = Array.from({{ length: 3000 }}, () => {role}.drawPrior(random));
+                return [0, 1].map(temperature => draws.map(draw => Array.from(draw(temperature))));
+            }})()""")
+        )
+        distances = torch.cdist(at_0, means)
+        assert distances.amin(1).max() < 1e-3
+        assert distances.argmin(1).unique().numel() == len(means)
+        torch.testing.assert_close(at_1.mean(0), means.mean(0), atol=0.08, rtol=0)
+        second = (means**2 + variances).mean(0)
+        torch.testing.assert_close((at_1**2).mean(0), second, atol=0.1, rtol=0)
+
+
+def test_nearest_class_and_paths(page: str, show: Callable[..., Browser]):
+    browser = show(page)
+    points, stops = torch.randn(60, 3), torch.randn(5, 3)
+    labels = torch.arange(60) % 4
+    for z in torch.randn(20, 3):
+        near = labels[(points - z).norm(dim=1).argsort()[:5]].tolist()
+        expected = max(near, key=near.count)  # the first of several, which is the nearest
+        assert browser.run(f"nearestClass({points.tolist()}, {labels.tolist()}, {z.tolist()})") == expected
+    script = f"[0, 1, 4, 4.999999, 1.5].map(t => Array.from(closedPath({stops.tolist()}, t)))"
+    at = torch.tensor(browser.run(script))
+    torch.testing.assert_close(at[:4], stops[[0, 1, 4, 0]], atol=1e-4, rtol=0)
+    middle = (9 * (stops[1] + stops[2]) - stops[0] - stops[3]) / 16  # of a Catmull-Rom spline
+    torch.testing.assert_close(at[4], middle, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawings
+
+
+def arc(x: float, y: float, width: float, height: float, start: float, end: float, steps: int = 10) -> list:
+    angles = torch.linspace(start, end, steps + 1).deg2rad()
+    return list(zip((x + width * angles.cos()).tolist(), (y + height * angles.sin()).tolist(), strict=True))
+
+
+STROKES = {  # in shares of the drawing area, right and downwards
+    "0": [arc(0.5, 0.5, 0.2, 0.3, -90, 270, 20)],
+    "1": [[(0.55, 0.2), (0.48, 0.8)]],
+    "2": [[*arc(0.5, 0.35, 0.2, 0.17, -170, 30), (0.3, 0.8), (0.72, 0.8)]],
+    "3": [[*arc(0.47, 0.35, 0.18, 0.15, -150, 90), *arc(0.47, 0.66, 0.22, 0.17, -90, 150)]],
+    "4": [[(0.35, 0.2), (0.3, 0.52), (0.7, 0.52)], [(0.64, 0.2), (0.62, 0.82)]],
+    "5": [[(0.7, 0.2), (0.4, 0.2), (0.36, 0.45), *arc(0.48, 0.6, 0.2, 0.18, -110, 150)]],
+    "6": [[(0.62, 0.18), (0.42, 0.4), *arc(0.5, 0.64, 0.17, 0.17, -170, 190, 16)]],
+    "7": [[(0.3, 0.22), (0.7, 0.22), (0.45, 0.82)]],
+    "8": [[*arc(0.5, 0.35, 0.15, 0.15, 90, -270, 14), *arc(0.5, 0.66, 0.18, 0.17, -90, 270, 14)]],
+    "9": [[*arc(0.5, 0.36, 0.17, 0.16, 0, -360, 14), (0.66, 0.5), (0.6, 0.82)]],
+}
+
+
+def covered_shares(strokes: list, pen: float, size: int = 28, fine: int = 4) -> Tensor:
+    """(size, size): the share of each pixel within `pen` of a stroke, counted on a grid of fine * fine points each."""
+    ticks = (torch.arange(size * fine) + 0.5) / fine
+    points = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1)
+    covered = torch.zeros(size * fine, size * fine, dtype=torch.bool)
+    for stroke in strokes:
+        for start, end in pairwise(stroke):
+            start, way = torch.tensor(start), torch.tensor(end) - torch.tensor(start)
+            share = ((points - start) @ way / way.dot(way)).clamp(0, 1)
+            covered |= (points - start - share[..., None] * way).norm(dim=-1) < pen
+    return covered.view(size, fine, size, fine).float().mean((1, 3))
+
+
+def test_drawings_are_normalized_as_mnist_is(page: str, show: Callable[..., Browser]):
+    """In a box of 20 pixels, their centre of mass in the middle, with pixels that are covered in part."""
+    browser = show(page)
+    pen = browser.run("PEN")
+    for strokes in map(STROKES.get, "2478"):
+        small = [[(0.1 + 0.3 * x, 0.5 + 0.3 * y) for x, y in stroke] for stroke in strokes]
+        images = torch.tensor(browser.run(f"{json.dumps([strokes, small])}.map(s => Array.from(rasterize(s, 28, 28)))"))
+        image = images[0].view(28, 28)
+        torch.testing.assert_close(images[1], images[0], atol=1e-4, rtol=0)
+        places = torch.arange(28) + 0.5
+        assert (image.sum(0) @ places / image.sum()).item() == pytest.approx(14, abs=0.1)
+        assert (image.sum(1) @ places / image.sum()).item() == pytest.approx(14, abs=0.1)
+        points = torch.tensor([point for stroke in strokes for point in stroke])
+        extent = (points.amax(0) - points.amin(0)).max()
+        scale = (20 - 2 * pen) / extent
+        inked = (image > 0.5).nonzero()
+        assert (inked.amax(0) - inked.amin(0)).max().item() + 1 == pytest.approx(20, abs=1)
+        drawn = covered_shares([[(scale * torch.tensor(p)).tolist() for p in stroke] for stroke in strokes], pen, 40)
+        centre = [(drawn.sum(axis) @ (torch.arange(40) + 0.5) / drawn.sum()).item() for axis in (0, 1)]
+        shift = torch.tensor([14 - centre[0], 14 - centre[1]])
+        placed = [[(scale * torch.tensor(p) + shift).tolist() for p in stroke] for stroke in strokes]
+        assert image.sub(covered_shares(placed, pen)).abs().max() < 0.3
+        assert image.sub(covered_shares(placed, pen)).abs().mean() < 0.01
+    wide = torch.tensor(browser.run(f"Array.from(rasterize({json.dumps(STROKES['7'])}, 28, 56))")).view(28, 56)
+    assert (wide.sum(0) @ (torch.arange(56) + 0.5) / wide.sum()).item() == pytest.approx(28, abs=0.05)
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[..., Browser]):
+    browser = show(PAGE)
+    browser.resize(390, 844, phone=touch)
+    drawn = ["2", "7"] if touch else list(STROKES)
+    (left, top), (right, _) = browser.place("#pad", 0, 0), browser.place("#pad", 1, 1)
+    width = right - left
+    read = {}
+    for digit in drawn:
+        browser.run("document.getElementById('clear').click()")
+        for stroke in STROKES[digit]:
+            browser.drag([(left + x * width, top + y * width) for x, y in stroke], touch)
+        read[digit] = idle(browser, "document.getElementById('verdict').textContent", "draw")
+        rebuilt = pixels(browser, "#rebuilt")
+        images = browser.run(
+            f"{json.dumps([*STROKES.values()])}.map(strokes => Array.from(rasterize(strokes, 28, 28)))"
+        )
+        distances = torch.tensor(images).sub(rebuilt.flatten()).norm(dim=1)
+        assert distances.argmin() == list(STROKES).index(digit)
+    assert read == {digit: f"Looks like {digit}" for digit in drawn}
+
+
+def pixels(browser: Browser, selector: str, rows: int = 0) -> Tensor:
+    """(H, W), in [0, 1]: what a canvas shows, or its first rows."""
+    data = browser.run(f"""(() => {{
+        const canvas = document.querySelector("{selector}"), {{ width }} = canvas, height = {rows} || canvas.height;
+        return [height, width, ...canvas.getContext("2d").getImageData(0, 0, width, height).data];
+    }})()""")
+    return torch.tensor(data[2:]).view(data[0], data[1], 4)[..., 0] / 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the sections do
+
+
+def latents(browser: Browser) -> list[float]:
+    """Where the walk is, by its sliders."""
+    script = "[...document.querySelectorAll('#walk-sliders input')]"
+    return idle(browser, f"map.order.map((_, k) => Number({script}[map.order.indexOf(k)].value))")
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_walk_follows_pointers(touch: bool, few: ImageData, show: Callable[..., Browser]):
+    torch.manual_seed(0)
+    browser = show(evaluate.make_explorer(VAE(latent_size=3, hidden_size=16), few, "caption"))
+    browser.resize(390, 844, phone=touch)
+    first, second, third = browser.run("dots.fill([9, 9, 9]); dots[1] = [0.5, -1, 2]; map.order")
+    mean = [0.5, -1, 2]
+    width = browser.run("document.getElementById('walk-map').clientWidth")
+
+    def place(right: float, up: float, off: float = 0) -> tuple[float, float]:
+        x, y = (0.5 + right / (2 * EXTENT), 0.5 - up / (2 * EXTENT))
+        return browser.place("#walk-map", x + off / width, y + off / width)
+
+    def there() -> tuple[float, float]:
+        z = latents(browser)
+        return z[first], z[second]
+
+    browser.point("press", place(mean[first], mean[second], off=2), touch)
+    assert latents(browser) == mean
+    browser.point("move", place(mean[first], mean[second], off=4), touch)  # a hand trembles
+    assert latents(browser) == mean
+    assert "the mean of an image of class 1" in browser.run("document.getElementById('walk-place').textContent")
+    browser.point("move", place(-1.5, 2.5), touch)
+    assert there() == pytest.approx((-1.5, 2.5), abs=0.03)
+    assert latents(browser)[third] == mean[third]
+    browser.point("move", place(4.3, -1), touch)  # outside
+    assert there() == pytest.approx((EXTENT, -1), abs=0.03)
+    browser.point("release", place(4.3, -1), touch)
+    if not touch:
+        browser.point("move", place(2, 2))
+        assert there() == pytest.approx((EXTENT, -1), abs=0.03)
+    browser.drag([place(3, -3)], touch)
+    assert there() == pytest.approx((3, -3), abs=0.03)
+
+
+def test_walk_by_keys_and_in_flight(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
+    torch.manual_seed(0)
+    browser = show(page)
+    model = models["map"]
+
+    def marker() -> list[float]:
+        return browser.run(
+            "['cx', 'cy'].map(name => Number(document.querySelector('#walk-map .marker').getAttribute(name)))"
+        )
+
+    browser.run("document.getElementById('walk-map').focus({ preventScroll: true })")
+    scrolled = browser.run("scrollY")
+    browser.key("ArrowRight", shift=True)
+    browser.key("ArrowUp")
+    idle(browser)
+    assert marker() == pytest.approx([50, -5])
+    assert browser.run("scrollY") == scrolled
+    z = torch.tensor([[0.5, 0.05]])
+    torch.testing.assert_close(pixels(browser, "#walked").flatten(), model.decode(z)[0].detach(), atol=5e-3, rtol=0)
+    tile = pixels(browser, "#walk-map canvas", 28)[:, -28:].flatten()  # of the map's upper right corner
+    corner = model.decode(torch.tensor([[EXTENT * 23 / 24, EXTENT * 23 / 24]]))[0].detach()
+    torch.testing.assert_close(tile, corner, atol=5e-3, rtol=0)
+
+    stops = torch.tensor(browser.run("stops.map(({ mu }) => Array.from(mu))"))
+    assert len(stops) == 10
+    for still in (True, False):
+        browser.resize(1280, 900, still=still)
+        browser.run("document.getElementById('fly').focus()")
+        browser.key("Enter")
+        assert browser.run("document.getElementById('fly').textContent") == "Pause"
+        browser.run("new Promise(done => setTimeout(done, 150))")
+        distance = (stops[:, :2] * torch.tensor([100, -100]) - torch.tensor(marker())).norm(dim=1).min()
+        assert (distance < 1e-3) == still  # from stop to stop, where motion is not wanted
+        browser.key("Enter")
+        idle(browser)
+        stopped = marker()
+        browser.run("new Promise(done => setTimeout(done, 50))")
+        assert marker() == stopped
+        assert browser.run("document.getElementById('fly').textContent") == "Fly"
+
+
+def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
+    browser = show(page)
+    model = models["main"]
+    browser.run("document.getElementById('from-class').focus()")
+    browser.key("ArrowDown")
+    browser.run("document.getElementById('to-next').click(); document.getElementById('share').focus()")
+    browser.key("ArrowRight")
+    start, end = (pixels(browser, f"#{name}").flatten() for name in ("from", "to"))
+    share = idle(browser, "Number(document.getElementById('share').value)")
+    assert share == 0.51
+    assert browser.run("document.querySelector('#share + output').textContent") == "51%"
+    with torch.no_grad():
+        mu = model.encode(torch.stack([start, end]))[2]
+        path = model.decode(torch.lerp(mu[0], mu[1], torch.linspace(0, 1, 11)[:, None]))
+        mixed = model.decode(torch.lerp(mu[0], mu[1], share))
+    torch.testing.assert_close(pixels(browser, "#mixed-latents").flatten(), mixed, atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        pixels(browser, "#mixed-pixels").flatten(), torch.lerp(start, end, share), atol=5e-3, rtol=0
+    )
+    torch.testing.assert_close(pixels(browser, "#path-latents"), evaluate.tile(path, 1), atol=5e-3, rtol=0)
+    chosen = torch.tensor(browser.run("[1, 18].map(i => Array.from(images[i]))"))  # the first 1, and the second 8
+    torch.testing.assert_close(torch.stack([start, end]), chosen, atol=5e-3, rtol=0)
+    drawings = []
+    for name in ("from", "to"):  # which stay as they were when they were chosen
+        browser.run("document.getElementById('next').click()")
+        idle(browser)
+        drawings.append(pixels(browser, "#read"))
+        browser.run(f"document.getElementById('{name}-class').value = 'drawing'")
+        browser.run(f"document.getElementById('{name}-class').onchange()")
+    idle(browser)
+    assert torch.equal(torch.stack(drawings), torch.stack([pixels(browser, "#from"), pixels(browser, "#to")]))
+    assert not torch.equal(*drawings)
+
+
+def test_sample(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
+    browser = show(page)
+    normal, vampprior = (f"#grids figure:nth-child({i}) canvas" for i in (1, 2))
+    idle(browser)
+    before = pixels(browser, normal)
+    browser.run("document.getElementById('again').click()")
+    idle(browser)
+    after = pixels(browser, normal)
+    assert not torch.equal(before, after)
+    browser.run("document.getElementById('temperature').focus()")
+    browser.key("Home")
+    idle(browser)
+    assert browser.run("document.querySelector('#temperature + output').textContent") == "0.00"
+    tiles = pixels(browser, normal).unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
+    expected = models["main"].decode(torch.zeros(1, 5)).detach()
+    torch.testing.assert_close(tiles, expected.expand(36, -1), atol=5e-3, rtol=0)
+    others = pixels(browser, vampprior).unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
+    assert 1 < len(others.unique(dim=0)) <= 6  # one for each of the mixture's components
+
+
+def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
+    browser = show(page)
+    model = models["main"]
+    idle(browser)
+    x = pixels(browser, "#loss-image").view(1, -1)
+    with torch.no_grad():
+        _, logvar, mu = model.encode(x)
+    browser.run("document.querySelector('#loss-sliders input').focus()")
+    browser.key("PageUp")
+    browser.key("ArrowRight")
+    latent = browser.run("main.order[0]")
+    moved = mu.clone()
+    moved[0, latent] = idle(browser, "Number(document.querySelector('#loss-sliders input').value)")
+    assert moved[0, latent] - mu[0, latent] == pytest.approx(0.81, abs=0.011)
+    bce, kl, total, before = numbers(browser.run("document.getElementById('nats').textContent"))
+    with torch.no_grad():
+        z = moved + torch.exp(0.5 * logvar) * torch.randn(4000, 5)
+        expected = -model.log_likelihood(model.outputs(z), x).mean().item()
+        z = mu + torch.exp(0.5 * logvar) * torch.randn(4000, 5)
+        expected_before = -model.log_likelihood(model.outputs(z), x).mean() + kl_divergence(logvar, mu).sum()
+    assert kl == pytest.approx(kl_divergence(logvar, moved).sum().item(), abs=0.06)
+    assert bce == pytest.approx(expected, rel=5e-3)
+    assert total == pytest.approx(bce + kl, abs=0.11)
+    assert before == pytest.approx(expected_before.item(), rel=5e-3)
+    by_latent = browser.run("document.querySelector('#loss-sliders output').textContent")
+    assert numbers(by_latent)[1] == pytest.approx(kl_divergence(logvar, moved)[0, latent].item(), abs=0.006)
+    browser.run("document.getElementById('reset').click()")
+    _, _, total, before = numbers(idle(browser, "document.getElementById('nats').textContent"))
+    assert total == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page as a whole
+
+
+def test_everything_is_named_and_legible(page: str, show: Callable[..., Browser]):
+    browser = show(page)
+    for dark in (False, True):
+        browser.resize(390, 844, phone=True, dark=dark)
+        idle(browser)
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        low = browser.run("""[...document.querySelectorAll("button, select, input:not([type=checkbox]), nav a")]
+            .filter(control => control.getBoundingClientRect().height < 44).map(control => control.id)""")
+        assert low == []
+        pale = browser.run("""(() => {
+            const channel = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+            const luminance = color => color.match(/[.\\d]+/g).slice(0, 3)
+              .reduce((total, c, i) => total + [0.2126, 0.7152, 0.0722][i] * channel(c / 255), 0);
+            const behind = element => {
+              const color = getComputedStyle(element).backgroundColor;
+              return color === "rgba(0, 0, 0, 0)" ? behind(element.parentNode) : color;
+            };
+            return [...document.querySelectorAll("h1, h2, p, a, button, select, figcaption, label, output, li, span")]
+              .filter(element => {
+                const [a, b] = [getComputedStyle(element).color, behind(element)].map(luminance).sort((a, b) => b - a);
+                return (a + 0.05) / (b + 0.05) < 4.5;
+              }).map(element => element.outerHTML);
+        })()""")  # WCAG 2.1, success criterion 1.4.3
+        assert pale == []
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    roles = ("button", "slider", "combobox", "checkbox", "image", "application", "link", "heading", "region")
+    named = [(node["role"]["value"], node["name"]["value"]) for node in nodes if node["role"]["value"] in roles]
+    assert {role for role, _ in named} == set(roles)
+    assert [role for role, name in named if not name] == []
+
+
+class OtherEncoder(nn.Module):
+    """Not of fully connected layers of model.Encoder's kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(560, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x)) + 1
+
+
+def test_sections_without_their_model_are_left_out(few: ImageData, show: Callable[..., Browser]):
+    """And images need not be square, nor classes be harmless."""
+    classes = ["</script>", "<!--<script>", "a & b", *few.classes[3:]]
+    flat = replace(few, train_images=few.train_images[:, 4:24], test_images=few.test_images[:, 4:24], classes=classes)
+    model = VAE(input_size=560, hidden_size=16, latent_size=3)
+    browser = show(evaluate.make_explorer(model, flat, "of </script><b>digits"))
+    legend = "[...document.querySelectorAll('#legend li')].slice(0, 3).map(item => item.textContent)"
+    assert idle(browser, legend) == classes[:3]
+    assert browser.run("document.getElementById('notes').textContent") == "of </script><b>digits"
+    sections = "[...document.querySelectorAll('section')].map(section => section.id)"
+    links = "[...document.querySelectorAll('nav a')].map(link => link.hash.slice(1))"
+    assert browser.run(sections) == browser.run(links) == ["draw", "walk", "mix", "sample", "loss"]
+    assert pixels(browser, "#walked").shape == (20, 28)
+    with torch.no_grad():
+        expected = model.decode(model.encode(pixels(browser, "#read").view(1, -1))[2]).view(20, 28)
+    torch.testing.assert_close(pixels(browser, "#rebuilt"), expected, atol=5e-3, rtol=0)
+
+    model.encoder = OtherEncoder()
+    show(evaluate.make_explorer(model, flat, "caption"))
+    assert idle(browser, sections) == browser.run(links) == ["walk", "mix", "sample"]
+    assert browser.run("[...document.querySelectorAll('option')].some(option => option.value === 'drawing')") is False
+    start = pixels(browser, "#from").view(1, -1)
+    path = model.decode(model.encode(start)[2]).detach().view(20, 28)
+    torch.testing.assert_close(pixels(browser, "#path-latents")[:, :28], path, atol=5e-3, rtol=0)
+
+
+def test_the_committed_page_is_what_its_command_makes(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
+    page = PAGE.read_text()
+    assert len(page.encode()) <= 8_000_000
+    assert not re.search(r"""(src|href|action)=["']?(?!["']?(#|data:,"))""", page)
+    assert not re.search(r"url\(|fetch\(|XMLHttp|import\(|WebSocket", page)
+    monkeypatch.setattr(make, "load_dataset", lambda name: digits)
+    assert make.make(PAGE.parent.parent / "weights") == page
+
+
+def test_missing_weights(tmp_path: Path):
+    with pytest.raises(UserError, match=r"default\.pt"):
+        make.make(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"), [({"latent_size": 1}, "two latents"), ({"hidden_size": 3000}, "million")]
+)
+def test_what_the_explorer_refuses(config: dict, reason: str, digits: ImageData):
+    with pytest.raises(UserError, match=reason):
+        evaluate.make_explorer(VAE(**config), digits, "")
+
+
+class OtherMean(VAE):
+    def mean(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+
+class OtherPrior(VAE):
+    def log_prior(self, z: Tensor) -> Tensor:
+        return -z.abs().sum(-1)
+
+
+class OtherLikelihood(VAE):
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -((outputs - targets) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("kind", [OtherMean, OtherPrior, OtherLikelihood])
+def test_refuses_what_it_could_not_compute(kind: type, digits: ImageData):
+    with pytest.raises(UserError, match="prior N"):
+        evaluate.make_explorer(kind(), digits, "")
+
+
+def test_best_likelihood_has_an_explorer():
+    """The recipe's sizes; and what it can't show is refused before anything is computed."""
+    evaluate.check_explorer(VAE(hidden_size=768, latent_size=50, decoder_layers=2, activation="silu"))
+
+
+def test_command_writes_the_explorer(few: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = VAE(hidden_size=8, latent_size=2)
+    utils.save_checkpoint(tmp_path / "a.pt", {"model": model.config, "model_state_dict": model.state_dict()})
+    args = [str(tmp_path / "a.pt"), "--dataset=mnist-5k", "--nll-samples=1", "--explorer"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *args])
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *_: ())
+    evaluate.main()
+    assert "mnist-5k, binarize dynamic, latent size 2" in (tmp_path / "explorer.html").read_text()
