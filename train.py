@@ -404,27 +404,22 @@ def _fit(
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, eps=options.adam_eps, fused=True)
     if "optimizer_state_dict" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-    elif rank == 0:
-        save(run, average, model, optimizer, options, history, checksum)
     optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
-    is_likelihood = average.is_likelihood(test_set[1])
-    num_weights = sum(weight.numel() for weight in model.parameters())
-    num_images = len(train_images)
+    is_finished = first > options.epochs
     if rank == 0:
-        where = f"{device}, {ranks} processes" if ranks > 1 else device
-        held_out = f", {dataset.num_held_out:,} others held out to test on" if dataset.num_held_out else ""
-        images = f"{num_images:,} training images{held_out}"
-        print(f"{dataset.name}: {images}; {num_weights:,} weights on {where}; writing to {run}")
-        if first > options.epochs:
-            print(f"trained for {options.epochs} epochs, of which all is written again: a larger --epochs goes on")
+        if is_finished or first == 1:
             save(run, average, model, optimizer, options, history, checksum)
+        print(start_line(dataset, model, f"{device}, {ranks} processes" if ranks > 1 else str(device), run))
+        if is_finished:
+            print(f"trained for {options.epochs} epochs, of which all is written again: a larger --epochs goes on")
             draw(run, average, dataset, test_set[0], options, history)
 
     # Train
     objective, compiled = Objective(model, options), None
+    num_images, is_likelihood = len(train_images), average.is_likelihood(test_set[1])
     total, done = options.epochs * num_images, (first - 1) * num_images
     try:
-        if first <= options.epochs:
+        if not is_finished:
             model.train()
             with utils.matmul_precision(options.precision, device):
                 check_gradients(objective, train_images[: options.batch_size // ranks], options)
@@ -699,6 +694,13 @@ def save(run: Path, average: VAE, model: VAE, optimizer: Any, options: Options, 
         writer.writeheader()
         writer.writerows(history)
         utils.write_atomically(run / "metrics.csv", text.getvalue().encode())
+
+
+def start_line(dataset: ImageData, model: VAE, where: str, run: Path) -> str:
+    held_out = f", {dataset.num_held_out:,} others held out to test on" if dataset.num_held_out else ""
+    images = f"{len(dataset.train_images):,} training images{held_out}"
+    weights = sum(weight.numel() for weight in model.parameters())
+    return f"{dataset.name}: {images}; {weights:,} weights on {where}; writing to {run}"
 
 
 def epoch_line(row: dict[str, float], options: Options, model: VAE, is_likelihood: bool) -> str:

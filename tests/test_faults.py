@@ -367,7 +367,7 @@ def test_a_name_in_a_checkpoint_is_never_a_path(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         train,
         "load_dataset",
-        lambda name, data_dir, size, load=train.load_dataset: read.append(data_dir) or load(name, data_dir, size),
+        lambda name, data_dir, *args, load=train.load_dataset: read.append(data_dir) or load(name, data_dir, *args),
     )
     _, _, run = train.train(**OPTIONS, epochs=1, data_dir="mine", out_dir=str(tmp_path))
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)

@@ -582,6 +582,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "dataset": "mnist-5k",
         "data_dir": str(tmp_path / "data"),
         "image_size": None,
+        "hold_out": 100,
         "epochs": 1,
         "batch_size": 300,
         "lr": 0.002,
