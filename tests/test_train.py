@@ -35,7 +35,7 @@ INSTALL = "pip install -r requirements.txt"
 def small_data(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fifth of the bundled digits, and no pictures: the tests that need them ask for them."""
     few = thinned(digits, 5)
-    monkeypatch.setattr(train, "load_dataset", lambda *args: few)
+    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:] or [0]))
     monkeypatch.setattr(train, "draw", lambda *args: None)
 
 
@@ -341,7 +341,7 @@ def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(train, "_fit", lambda model, checkpoint, options, *_: options.epochs)
     assert train.train(**SMALL, out_dir=str(tmp_path)) == 150
     few = replace(train.load_dataset(), name="mnist")
-    monkeypatch.setattr(train, "load_dataset", lambda *args: few)
+    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:] or [0]))
     assert train.train(out_dir=str(tmp_path)) == 20
 
 
