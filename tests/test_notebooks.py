@@ -2,10 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+import data
+import evaluate
+from data import ImageData, binarize_test_set
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 FIRST = """
@@ -46,3 +51,21 @@ def test_runs(path: Path, few_digits: Path):
 def kinds(cell: nbformat.NotebookNode) -> set[str]:
     """What a cell shows: image/png and so on, stream for text that it prints."""
     return {kind for output in cell.outputs for kind in output.get("data", [output.output_type])}
+
+
+@pytest.mark.parametrize("name", ["train_and_eval", "visualizing_manifold"])
+def test_starts_from_trained_weights(name: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch):
+    """With pretrained = True, up to the cell that trains otherwise."""
+    path = next(path for path in NOTEBOOKS if path.stem == name)
+    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    last = next(i for i, source in enumerate(code) if "pretrained = False" in source)
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(data, "load_dataset", lambda *args: digits)
+    namespace: dict[str, Any] = {}
+    for source in code[: last + 1]:
+        source = source.replace("%matplotlib inline", "").replace("pretrained = False", "pretrained = True")
+        exec(source, namespace)
+    inputs, targets = binarize_test_set(digits.test_images, "dynamic")
+    bce, _ = evaluate.elbo_terms(namespace["vae"], inputs, targets)
+    assert bce.mean() < 150
+    assert "history" not in namespace
