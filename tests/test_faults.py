@@ -430,10 +430,10 @@ def test_archives_that_unpack_to_more_than_their_size(whole_file: bytes, tmp_pat
             if with_overlap:  # a member within a member
                 inside = io.BytesIO()
                 with zipfile.ZipFile(inside, "w") as inner:
-                    inner.writestr("inner", bytes(10_000))
-                new.writestr("outer", inside.getvalue())
+                    inner.writestr("archive/inner", bytes(10_000))
+                new.writestr("archive/outer", inside.getvalue())
                 (member,) = inner.filelist
-                member.header_offset = new.getinfo("outer").header_offset + 30 + len("outer")
+                member.header_offset = new.getinfo("archive/outer").header_offset + 30 + len("archive/outer")
                 new.filelist.append(member)
         return packed.getvalue()
 
