@@ -485,7 +485,7 @@ def checkpoint_path(run: str | Path) -> Path:
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
     """Makes out_dir/NNN-dataset-zLATENT, with the number after the highest there is. Raises OSError."""
-    out_dir = Path(out_dir)
+    out_dir, dataset = Path(out_dir), re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]', "_", dataset)[:60]
     out_dir.mkdir(parents=True, exist_ok=True)
     while True:
         number = 1 + max(_run_numbers(out_dir), default=0)

@@ -190,6 +190,9 @@ def test_run_folders_count_on(tmp_path: Path):
     (runs / "1000-mnist-z2").mkdir()
     assert utils.new_run_folder(runs, "mnist", 20).name == "1001-mnist-z20"
 
+    assert utils.new_run_folder(runs, "../a/b\\c\n", 2) == runs / "1002-.._a_b_c_-z2"
+    assert utils.new_run_folder(runs, "é" * 1000, 2).parent == runs
+
     with pytest.raises(UserError, match="train one"):
         utils.newest_run(runs)
     for name in ("002-mnist-5k-z2", "1000-mnist-z2", "042-mnist-z20"):
