@@ -221,7 +221,7 @@ def draw_latent_space(model: VAE, dataset: ImageData, inputs: Tensor, caption: s
     axes.scatter(*mu.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
     shown = 40  # of the classes, as many as the legend has room for
     for name, color in zip(dataset.classes[:shown], colors, strict=False):
-        axes.scatter([], [], color=color, label=verbatim(name))
+        axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # without the space, none that begins with _
     title = f"the first {shown} of {len(colors)} classes" if len(colors) > shown else None
     legend = {"ncols": -(-min(shown, len(colors)) // 20), "fontsize": 10 if len(colors) <= 20 else 7}
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=title, **legend)

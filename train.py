@@ -340,8 +340,8 @@ def keep_how(options: Options) -> Options:
 
 def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
     """Raises ValueError or another error where training could not go on from a checkpoint's state."""
-    history, rows = checkpoint["history"], range(1, checkpoint["epoch"] + 1)
-    if [row["epoch"] for row in history] != list(rows):
+    history = checkpoint["history"]
+    if len(history) != checkpoint["epoch"] or any(row["epoch"] != i + 1 for i, row in enumerate(history)):
         raise ValueError("its history is not that of its epochs")
     if not all(type(row[name]) is float and math.isfinite(row[name]) for row in history for name in COLUMNS[1:]):
         raise ValueError("its history holds what is no number")
@@ -403,7 +403,8 @@ def _fit(
     model.load_state_dict(checkpoint["training_weights"])
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, eps=options.adam_eps, fused=True)
     if "optimizer_state_dict" in checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        state = checkpoint["optimizer_state_dict"]["state"]  # the rest is the options'
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     optimizer.param_groups[0]["capturable"] = device.type == "cuda" and ranks == 1  # on a CUDA graph: see make_step
     is_finished = first > options.epochs
     if rank == 0:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import os
+import pickletools
 import re
 import shlex
 import signal
@@ -25,6 +26,7 @@ from model import VAE
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("highest", "medium", "bfloat16")
+GLOBALS = r"torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"  # of a checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,8 +359,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = checkpoint_path(path)
     data = path.read_bytes()
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)) and (name := zipfile.ZipFile(io.BytesIO(data)).testzip()):
-            raise ValueError(f"the checksum of {name} is wrong")  # which torch.load does not look at
+        check_archive(data)
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a damaged file is not documented
         raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
@@ -372,7 +373,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         wrong = [name for name, kind in kinds_of_options.items() if not isinstance(options.get(name, kind()), kind)]
     if wrong:
         raise UserError(f"{path} is not a checkpoint of this VAE: its {wrong[0]} is of another type")
+    if not 0 <= checkpoint.get("epoch", 0) < 2**31:
+        raise UserError(f"{path} is not a checkpoint of this VAE: its epoch is not from 0 to 2^31")
     return checkpoint
+
+
+def check_archive(data: bytes) -> None:
+    """Raises ValueError or another error for what torch.save does not write.
+
+    That is what torch.load would unpack into more than the file holds, or would not find damaged.
+    """
+    if data[:4] == b"PK\3\4":
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("it is compressed")
+            if sum(member.file_size for member in members) > len(data):
+                raise ValueError("it holds more than its size")
+            if name := archive.testzip():
+                raise ValueError(f"the checksum of {name} is wrong")
+            pickles = [io.BytesIO(archive.read(member)) for member in members if member.filename.endswith(".pkl")]
+    else:
+        pickles = [io.BytesIO(data)] * 4  # of old files, one after another: what they are, and their content
+    for pickle in pickles:
+        for opcode, arg, _ in pickletools.genops(pickle):
+            if "GLOBAL" in opcode.name and not re.fullmatch(GLOBALS, str(arg)):
+                raise ValueError(f"it has more than tensors and plain values: {arg}")
 
 
 def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, dict[str, Any]]:
@@ -397,6 +423,7 @@ def load_weights(model: VAE | None, checkpoint: dict[str, Any], path: Path) -> V
         raise UserError(f"{path} is of the class {name}, not {class_name(model)}: {how}")
     try:
         if model is None:
+            check_config(config, weights)
             with torch.device("meta"):  # a model of absurd sizes takes no memory here
                 check_tensors(weights, VAE(**config).state_dict())
             model = VAE(**config)
@@ -415,6 +442,17 @@ def class_name(model: VAE | None) -> str:
     return "VAE" if kind is VAE else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def check_config(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raises ValueError for the config of a VAE of which the weights cannot be, before that is built."""
+    if wrong := [name for name, value in config.items() if type(value) not in (int, str)]:
+        raise ValueError(f"its {wrong[0]} is neither a number nor a name")
+    if max(config.get("encoder_layers", 2), config.get("decoder_layers", 1)) > len(weights):
+        raise ValueError("it has fewer weights than layers")
+    held = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}
+    if sum(weight.nbytes for weight in weights.values()) > sum(held.values()):
+        raise ValueError("its weights share their memory")
+
+
 def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
     """Raises ValueError where the names, kinds or shapes are not those of `like`, or a value is not finite."""
     if missing := like.keys() ^ tensors.keys():
@@ -423,6 +461,8 @@ def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
         expected, kind = like[name], "floats" if like[name].is_floating_point() else str(like[name].dtype)
         if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
             raise ValueError(f"its {name} is not a tensor of shape {tuple(expected.shape)}")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # else few bytes could claim to be any number of weights
+            raise ValueError(f"its {name} repeats its values")
         if tensor.dtype != expected.dtype and not (tensor.is_floating_point() and expected.is_floating_point()):
             raise ValueError(f"its {name} is not a tensor of {kind}")
         is_mask = not expected.is_meta and torch.equal(tensor, expected)  # such as -inf in a buffer that stays as it is
@@ -445,7 +485,7 @@ def checkpoint_path(run: str | Path) -> Path:
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
     """Makes out_dir/NNN-dataset-zLATENT, with the number after the highest there is. Raises OSError."""
-    out_dir = Path(out_dir)
+    out_dir, dataset = Path(out_dir), re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]', "_", dataset)[:60]
     out_dir.mkdir(parents=True, exist_ok=True)
     while True:
         number = 1 + max(_run_numbers(out_dir), default=0)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -220,9 +221,8 @@ def test_what_is_printed_can_be_pasted(digits: ImageData, tmp_path: Path, monkey
     stops = {2}
     command = goes_on(["python", "train.py", *arguments])
     assert command[:3] == ["python", "train.py", "--resume"]
-    stops = {3}
     command = goes_on([*command, "--epochs=4"])
-    assert utils.load_checkpoint(command[3])[1]["epoch"] == 2
+    assert utils.load_checkpoint(command[3])[1]["epoch"] == 1
     stops = {}
     monkeypatch.setattr(sys, "argv", command[1:])
     train.main()
@@ -350,6 +350,8 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path, monkeypatch: pyte
         lambda c: c["history"][0].update(epoch=2),
         lambda c: c["history"][0].pop("seconds"),
         lambda c: c.update(epoch=2),
+        lambda c: c["options"].pop("dataset"),
+        lambda c: c["training_weights"].update({"encoder.fc1.weight": torch.zeros(1, 1).expand(16, 784)}),
     ],
 )
 def test_a_training_state_that_does_not_fit_is_refused(damage: Callable[[dict], object], tmp_path: Path):
@@ -359,6 +361,92 @@ def test_a_training_state_that_does_not_fit_is_refused(damage: Callable[[dict], 
     utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
     with pytest.raises(UserError, match="cannot be resumed"):
         train.resume(run, epochs=3)
+
+
+@pytest.mark.usefixtures("small")
+def test_adam_is_that_of_the_options(tmp_path: Path):
+    """Whatever a file says of it: its state alone is the file's."""
+    _, _, straight = train.train(**OPTIONS, epochs=2, out_dir=tmp_path)
+    _, _, run = train.train(**OPTIONS, epochs=1, out_dir=tmp_path)
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    (group,) = checkpoint["optimizer_state_dict"]["param_groups"]
+    group |= {"betas": ("x", 2), "maximize": True, "amsgrad": True, "weight_decay": 1e9, "eps": None}
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint)
+    train.resume(run, epochs=2)
+    assert same_weights(run, straight)
+
+
+def model_of(**config: object) -> dict:
+    """A checkpoint that says so, and has weights of that shape, which are one number in memory."""
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in VAE(**config).state_dict().items()}
+    zero = torch.zeros(())
+    return {"model": config, "model_state_dict": {name: zero.expand(shape) for name, shape in shapes.items()}}
+
+
+def content(name: str) -> object:
+    nested = []
+    for _ in range(6):
+        nested = [nested] * 9
+    whole = VAE(30, 8, 2).state_dict()
+    flat = torch.zeros(64)
+    return {
+        "repeated": lambda: model_of(input_size=30, hidden_size=20_000),
+        "shared": lambda: {
+            "model": {"input_size": 8, "hidden_size": 8, "latent_size": 8, "encoder_layers": 40},
+            "model_state_dict": {
+                name: flat[: weight.numel()].view_as(weight) for name, weight in VAE(8, 8, 8, 40).state_dict().items()
+            },
+        },
+        "layers": lambda: {"model": {"input_size": 30, "encoder_layers": 2 * 10**9}, "model_state_dict": whole},
+        "nested": lambda: {"model": {"input_size": nested}, "model_state_dict": whole},
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["repeated", "shared", "layers", "nested"])
+def test_small_files_that_claim_much(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Refused before a model of that size is built."""
+    utils.save_checkpoint(tmp_path / "checkpoint.pt", content(name))
+    assert (tmp_path / "checkpoint.pt").stat().st_size < 30_000
+    built = []
+
+    class Counted(VAE):
+        def __init__(self, **config: object):
+            assert torch.get_default_device().type == "meta", "built in memory"
+            built.append(max(config.get("encoder_layers", 2), config.get("decoder_layers", 1)))
+            assert built[-1] < 100, "built with too many layers"
+            super().__init__(**config)
+
+    monkeypatch.setattr(utils, "VAE", Counted)
+    with pytest.raises(UserError, match="is not a checkpoint of this VAE") as error:
+        utils.load_checkpoint(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_archives_that_unpack_to_more_than_their_size(whole_file: bytes, tmp_path: Path):
+    """Compressed, or with something in them that is neither a tensor nor a plain value."""
+
+    def repack(compression: int, extra: bytes = b"", with_overlap: bool = False) -> bytes:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(whole_file)) as old, zipfile.ZipFile(packed, "w", compression) as new:
+            for name in old.namelist():
+                data = old.read(name)
+                new.writestr(name, data[:-1] + extra + b"." if name.endswith("data.pkl") else data)
+            if with_overlap:  # a member within a member
+                inside = io.BytesIO()
+                with zipfile.ZipFile(inside, "w") as inner:
+                    inner.writestr("archive/inner", bytes(10_000))
+                new.writestr("archive/outer", inside.getvalue())
+                (member,) = inner.filelist
+                member.header_offset = new.getinfo("archive/outer").header_offset + 30 + len("archive/outer")
+                new.filelist.append(member)
+        return packed.getvalue()
+
+    ten_million_bytes = b"X\1\0\0\0x" + b"cbuiltins\nbytearray\nJ\x80\x96\x98\x00\x85R" + b"s"
+    assert load(repack(zipfile.ZIP_STORED), tmp_path)
+    assert load(repack(zipfile.ZIP_DEFLATED), tmp_path) is None
+    assert load(repack(zipfile.ZIP_STORED, ten_million_bytes), tmp_path) is None
+    assert load(repack(zipfile.ZIP_STORED, with_overlap=True), tmp_path) is None
 
 
 @pytest.mark.usefixtures("small")

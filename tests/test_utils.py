@@ -139,6 +139,8 @@ class RunsCode:
         {"model": {}, "model_state_dict": VAE().state_dict(), "options": {"dataset": ["mnist"]}},
         {"model": {}, "model_state_dict": VAE().state_dict(), "options": {"binarize": ["dynamic"]}},
         {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": "3"},
+        {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": -1},
+        {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": 10**5000},
         {"model": {}, "model_state_dict": {name: weight.int() for name, weight in VAE().state_dict().items()}},
         {"model": {"hidden_size": 2**30}, "model_state_dict": VAE().state_dict()},
         {"model": {}, "model_state_dict": {name: weight * torch.nan for name, weight in VAE().state_dict().items()}},
@@ -187,6 +189,9 @@ def test_run_folders_count_on(tmp_path: Path):
     assert utils.new_run_folder(runs, "mnist", 20) == runs / "042-mnist-z20"
     (runs / "1000-mnist-z2").mkdir()
     assert utils.new_run_folder(runs, "mnist", 20).name == "1001-mnist-z20"
+
+    assert utils.new_run_folder(runs, "../a/b\\c\n", 2) == runs / "1002-.._a_b_c_-z2"
+    assert utils.new_run_folder(runs, "é" * 1000, 2).parent == runs
 
     with pytest.raises(UserError, match="train one"):
         utils.newest_run(runs)
