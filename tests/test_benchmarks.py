@@ -11,6 +11,7 @@ import evaluate
 import utils
 from benchmarks import likelihood, throughput
 from data import load_dataset
+from tests.conftest import processes
 
 SMALL = ["--dataset=mnist-5k", "--images=600", "--hidden-size=16", "--latent-size=2", "--repeats=2", "--device=cpu"]
 
@@ -23,6 +24,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: str) -> dict:
 
 
 def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda _: processes)
     arguments = (*SMALL, f"--json={tmp_path / 'all.json'}", f"--picture={tmp_path / 'speeds.png'}")
     measured = call(monkeypatch, *arguments)
     seconds = measured["seconds"]

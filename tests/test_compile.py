@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Laplace
 
 import train
@@ -16,7 +16,7 @@ import utils
 from data import ImageData
 from model import VAE
 from tests.conftest import SIZE
-from tests.test_subclasses import OtherNetworks, state
+from tests.test_subclasses import state
 
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "kl_warmup": 1.5, "device": "cpu"}
 
@@ -31,15 +31,16 @@ class Ordinary(VAE):
         super().__init__(SIZE, 16, 2, encoder_layers=1, activation="tanh")
 
 
-class Unusual(OtherNetworks):
-    """Another prior too, and normalizations without biases before them: of gradients that are 0 but for rounding, Adam
-    makes whole steps.
+class Unusual(VAE):
+    """Another prior, dropout, and a normalization, the statistics of which only training changes.
+
+    There is no bias before it: of gradients that are 0 but for rounding, Adam makes whole steps.
     """
 
     def __init__(self):
-        super().__init__()
-        self.encoder[0], self.decoder[0] = (torch.nn.Linear(size, 16, bias=False) for size in (SIZE, 2))
-        self.centre = torch.nn.Parameter(torch.ones(2))
+        super().__init__(SIZE, 16, 2)
+        layers = nn.Linear(SIZE, 16, bias=False), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1)
+        self.encoder, self.centre = nn.Sequential(*layers), nn.Parameter(torch.ones(2))
 
     def log_prior(self, z: Tensor) -> Tensor:
         return Laplace(self.centre, 1.0).log_prob(z).sum(-1)
@@ -154,7 +155,7 @@ def test_a_weight_without_gradient_is_refused(small: ImageData, tmp_path: Path):
     class Idle(Ordinary):
         def __init__(self):
             super().__init__()
-            self.spare = torch.nn.Linear(2, 2)
+            self.spare = nn.Linear(2, 2)
 
     with pytest.raises(utils.UserError, match=r"no gradient reaches spare\.weight, spare\.bias"):
         trained(Idle, small, tmp_path, compile=True)
@@ -220,7 +221,7 @@ def test_bfloat16_rounds_products_and_nothing_else():
     assert losses["bfloat16"].item() == pytest.approx(losses["highest"].item(), rel=1e-3)
     for weight, other in zip(model.parameters(), exact.parameters(), strict=True):
         assert weight.grad.dtype == torch.float32
-        assert torch.nn.functional.cosine_similarity(weight.grad.flatten(), other.grad.flatten(), 0) > 0.999
+        assert nn.functional.cosine_similarity(weight.grad.flatten(), other.grad.flatten(), 0) > 0.999
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.is_autocast_enabled("cpu")
 

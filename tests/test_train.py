@@ -8,7 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -245,6 +245,15 @@ def test_seeds(tmp_path: Path):
     assert not same_weights(a, c)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 def test_resumed_is_bit_identical(tmp_path: Path):
     _, straight_history, straight = train.train(**SMALL, epochs=4, out_dir=str(tmp_path))
     _, _, run = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))
