@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZE
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
+
+from tests.conftest import SIZE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import thinned
-from test_data import lay_out
 
 import data
 import evaluate
@@ -17,6 +15,8 @@ import train
 import utils
 from data import ImageData, load_dataset
 from model import VAE
+from tests.conftest import thinned
+from tests.test_data import lay_out
 
 QUICK = {"epochs": 1, "hidden_size": 8, "latent_size": 2}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import thinned
 from torch import Tensor, nn
 
 import evaluate
@@ -20,6 +19,7 @@ from data import ImageData
 from docs import make
 from experiments.vampprior import VampVAE
 from model import VAE, kl_divergence
+from tests.conftest import thinned
 from utils import UserError
 
 PAGE = Path(__file__).parent.parent / "docs" / "index.html"
@@ -562,4 +562,4 @@ def test_command_writes_the_explorer(few: ImageData, tmp_path: Path, monkeypatch
     monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
     monkeypatch.setattr(evaluate, "draw_all", lambda *_: ())
     evaluate.main()
-    assert "mnist-5k, binarize dynamic, latent size 2" in (tmp_path / "explorer.html").read_text()
+    assert "mnist-5k, binarize dynamic, latent size 2" in (tmp_path / "a" / "explorer.html").read_text()
