@@ -3,7 +3,7 @@
     python evaluate.py                                # the newest run in runs/
     python evaluate.py runs/001-mnist-z20
     python evaluate.py somewhere/checkpoint.pt --dataset mnist --binarize threshold
-    python evaluate.py --explorer                     # and a web page in which to walk about its latent space
+    python evaluate.py --explorer                     # and a web page in which to touch its latent space
 
 Writes metrics.json and the pictures into the run folder, or for FILE.pt into a folder FILE. All losses are in nats per
 image.
@@ -602,9 +602,7 @@ def main() -> None:
         "--out-dir",
         help="where metrics.json and the pictures are written (default: the run folder, or FILE/ for FILE.pt)",
     )
-    parser.add_argument(
-        "--explorer", action="store_true", help="write explorer.html, to walk about the latent space in"
-    )
+    parser.add_argument("--explorer", action="store_true", help="write explorer.html, to touch the latent space in")
     parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: %(default)s)")
     args = parser.parse_args()
     if not 0 <= args.seed <= 2**40:

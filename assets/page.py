@@ -225,7 +225,7 @@ def main() -> None:
     both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
     for i, frame in enumerate((frames[0], frames[-1])):
         both.paste(frame, (0, i * frame.height))
-    palette = both.quantize(160, Image.Quantize.MAXCOVERAGE)  # one for all: what stays still is stored once
+    palette = both.quantize(240, Image.Quantize.MAXCOVERAGE)  # one for all: what stays still is stored once
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     options = {"duration": list(durations), "loop": 0, "optimize": True}
     frames[0].save(folder / "page.gif", save_all=True, append_images=frames[1:], **options)

@@ -83,13 +83,13 @@ function makeSliders(box, model, onInput) {  // of all latents, those that say m
     const slider = make("input", label, { type: "range", min: -EXTENT, max: EXTENT, step: 0.01 });
     slider.ariaLabel = `Latent ${latent + 1}`;
     slider.oninput = () => onInput(latent, Number(slider.value));
-    make("output", label);
+    make("span", label);
     sliders[latent] = slider;
   }
   return sliders;
 }
 
-function setSlider(slider, value, text = signed(value)) {
+function setSlider(slider, value, text = signed(value)) {  // and what is written beside it, which is no live region
   slider.value = value;
   slider.ariaValueText = text;
   setText(slider.nextElementSibling, text);
@@ -399,7 +399,7 @@ function startMix() {
 
   function* mixed(from, to) {
     const t = Number(share.value), percent = `${Math.round(100 * t)}%`;
-    setText(share.nextElementSibling, percent);
+    setSlider(share, t, percent);
     show("mixed-latents", main.decode(mix(from.mu, to.mu, t)), `Decoded ${percent} of the way in latent space`);
     show("mixed-pixels", mix(from.pixels, to.pixels, t), `Pixels blended, ${percent} of the way`);
   }
@@ -426,7 +426,7 @@ function startSample() {
   }
 
   function decode() {
-    setText(temperature.nextElementSibling, Number(temperature.value).toFixed(2));
+    setSlider(temperature, temperature.value, Number(temperature.value).toFixed(2));
     grids.forEach(grid => refresh(`samples ${grid.prior}`, fill(grid)));
   }
 
@@ -493,7 +493,9 @@ function startLoss() {
     show("loss-pixels", byPixel, "BCE by pixel: white is 3 nats or more");
     sliders.forEach((slider, k) => setSlider(slider, mu[k], `${signed(mu[k])}, KL ${kl[k].toFixed(2)}`));
     yield;
-    const now = loss(posterior), before = loss(own), changes = [];
+    const now = loss(posterior), changes = [];
+    yield;
+    const before = loss(own);
     setText(byId("nats"), `BCE ${now.bce.toFixed(1)} + KL ${now.kl.toFixed(1)} = ${now.total.toFixed(1)} nats, the ` +
       `negative ELBO. With the encoder's means: ${before.total.toFixed(1)}.`);
     for (let i = 0; i < COUNT; i++) {

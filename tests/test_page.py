@@ -72,7 +72,8 @@ def page(models: dict[str, VAE], few: ImageData) -> str:
 
 def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
     """The value of an expression when what was done has arrived, and all is drawn, or what one job draws."""
-    browser.run(f"""new Promise(done => {{
+    browser.run(f"""new Promise((done, fail) => {{
+        setTimeout(() => fail(new Error("it never stops")), 20000);
         const busy = () => {f"jobs.has('{job}')" if job else "jobs.size"};
         const wait = () => busy() ? requestAnimationFrame(wait) : done();
         requestAnimationFrame(() => requestAnimationFrame(wait));
@@ -173,22 +174,22 @@ def test_nearest_class_and_paths(page: str, show: Callable[..., Browser]):
 # Drawings
 
 
-def arc(x: float, y: float, width: float, height: float, start: float, end: float, steps: int = 10) -> list:
+def arc(x: float, y: float, width: float, height: float, start: float, end: float, steps: int = 7) -> list:
     angles = torch.linspace(start, end, steps + 1).deg2rad()
     return list(zip((x + width * angles.cos()).tolist(), (y + height * angles.sin()).tolist(), strict=True))
 
 
 STROKES = {  # in shares of the drawing area, right and downwards
-    "0": [arc(0.5, 0.5, 0.2, 0.3, -90, 270, 20)],
+    "0": [arc(0.5, 0.5, 0.2, 0.3, -90, 270, 12)],
     "1": [[(0.55, 0.2), (0.48, 0.8)]],
     "2": [[*arc(0.5, 0.35, 0.2, 0.17, -170, 30), (0.3, 0.8), (0.72, 0.8)]],
     "3": [[*arc(0.47, 0.35, 0.18, 0.15, -150, 90), *arc(0.47, 0.66, 0.22, 0.17, -90, 150)]],
     "4": [[(0.35, 0.2), (0.3, 0.52), (0.7, 0.52)], [(0.64, 0.2), (0.62, 0.82)]],
-    "5": [[(0.7, 0.2), (0.4, 0.2), (0.36, 0.45), *arc(0.48, 0.6, 0.2, 0.18, -110, 150)]],
-    "6": [[(0.62, 0.18), (0.42, 0.4), *arc(0.5, 0.64, 0.17, 0.17, -170, 190, 16)]],
+    "5": [[(0.72, 0.18), (0.42, 0.2), (0.36, 0.44), *arc(0.46, 0.62, 0.19, 0.17, -75, 140)]],
+    "6": [[(0.62, 0.18), (0.42, 0.4), *arc(0.5, 0.64, 0.17, 0.17, -170, 190, 10)]],
     "7": [[(0.3, 0.22), (0.7, 0.22), (0.45, 0.82)]],
-    "8": [[*arc(0.5, 0.35, 0.15, 0.15, 90, -270, 14), *arc(0.5, 0.66, 0.18, 0.17, -90, 270, 14)]],
-    "9": [[*arc(0.5, 0.36, 0.17, 0.16, 0, -360, 14), (0.66, 0.5), (0.6, 0.82)]],
+    "8": [[*arc(0.5, 0.34, 0.1, 0.15, 90, -270, 10), *arc(0.5, 0.65, 0.12, 0.16, -90, 270, 10)]],
+    "9": [[*arc(0.5, 0.36, 0.17, 0.16, 0, -360, 10), (0.66, 0.5), (0.6, 0.82)]],
 }
 
 
@@ -245,12 +246,9 @@ def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[...,
         for stroke in STROKES[digit]:
             browser.drag([(left + x * width, top + y * width) for x, y in stroke], touch)
         read[digit] = idle(browser, "document.getElementById('verdict').textContent", "draw")
-        rebuilt = pixels(browser, "#rebuilt")
-        images = browser.run(
-            f"{json.dumps([*STROKES.values()])}.map(strokes => Array.from(rasterize(strokes, 28, 28)))"
-        )
-        distances = torch.tensor(images).sub(rebuilt.flatten()).norm(dim=1)
-        assert distances.argmin() == list(STROKES).index(digit)
+        expected = torch.tensor(browser.run(f"Array.from(rasterize({json.dumps(STROKES[digit])}, 28, 28))"))
+        torch.testing.assert_close(pixels(browser, "#read").flatten(), expected, atol=0.1, rtol=0)
+        assert pixels(browser, "#rebuilt").flatten().sub(expected).norm() < 0.6 * expected.norm()
     assert read == {digit: f"Looks like {digit}" for digit in drawn}
 
 
@@ -268,9 +266,10 @@ def pixels(browser: Browser, selector: str, rows: int = 0) -> Tensor:
 
 
 def latents(browser: Browser) -> list[float]:
-    """Where the walk is, by its sliders."""
-    script = "[...document.querySelectorAll('#walk-sliders input')]"
-    return idle(browser, f"map.order.map((_, k) => Number({script}[map.order.indexOf(k)].value))")
+    """Where the walk is, as its sliders show too."""
+    z, shown = idle(browser, "[Array.from(walk.z), walk.sliders.map(slider => Number(slider.value))]")
+    assert shown == pytest.approx(z, abs=0.006)
+    return z
 
 
 @pytest.mark.parametrize("touch", [False, True])
@@ -321,11 +320,11 @@ def test_walk_by_keys_and_in_flight(page: str, models: dict[str, VAE], show: Cal
     browser.run("document.getElementById('walk-map').focus({ preventScroll: true })")
     scrolled = browser.run("scrollY")
     browser.key("ArrowRight", shift=True)
-    browser.key("ArrowUp")
+    browser.key("ArrowDown")
     idle(browser)
-    assert marker() == pytest.approx([50, -5])
+    assert marker() == pytest.approx([50, 5])
     assert browser.run("scrollY") == scrolled
-    z = torch.tensor([[0.5, 0.05]])
+    z = torch.tensor([[0.5, -0.05]])
     torch.testing.assert_close(pixels(browser, "#walked").flatten(), model.decode(z)[0].detach(), atol=5e-3, rtol=0)
     tile = pixels(browser, "#walk-map canvas", 28)[:, -28:].flatten()  # of the map's upper right corner
     corner = model.decode(torch.tensor([[EXTENT * 23 / 24, EXTENT * 23 / 24]]))[0].detach()
@@ -359,7 +358,7 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     start, end = (pixels(browser, f"#{name}").flatten() for name in ("from", "to"))
     share = idle(browser, "Number(document.getElementById('share').value)")
     assert share == 0.51
-    assert browser.run("document.querySelector('#share + output').textContent") == "51%"
+    assert browser.run("document.querySelector('#share + span').textContent") == "51%"
     with torch.no_grad():
         mu = model.encode(torch.stack([start, end]))[2]
         path = model.decode(torch.lerp(mu[0], mu[1], torch.linspace(0, 1, 11)[:, None]))
@@ -395,7 +394,7 @@ def test_sample(page: str, models: dict[str, VAE], show: Callable[..., Browser])
     browser.run("document.getElementById('temperature').focus()")
     browser.key("Home")
     idle(browser)
-    assert browser.run("document.querySelector('#temperature + output').textContent") == "0.00"
+    assert browser.run("document.querySelector('#temperature + span').textContent") == "0.00"
     tiles = pixels(browser, normal).unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
     expected = models["main"].decode(torch.zeros(1, 5)).detach()
     torch.testing.assert_close(tiles, expected.expand(36, -1), atol=5e-3, rtol=0)
@@ -427,7 +426,7 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     assert bce == pytest.approx(expected, rel=5e-3)
     assert total == pytest.approx(bce + kl, abs=0.11)
     assert before == pytest.approx(expected_before.item(), rel=5e-3)
-    by_latent = browser.run("document.querySelector('#loss-sliders output').textContent")
+    by_latent = browser.run("document.querySelector('#loss-sliders span').textContent")
     assert numbers(by_latent)[1] == pytest.approx(kl_divergence(logvar, moved)[0, latent].item(), abs=0.006)
     browser.run("document.getElementById('reset').click()")
     _, _, total, before = numbers(idle(browser, "document.getElementById('nats').textContent"))
