@@ -129,6 +129,8 @@ def evaluate(
     size = model.config["input_size"]
     if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
         raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
+    if nll_samples < 1:
+        raise UserError(f"nll_samples must be 1 or more, not {nll_samples}")
     torch.manual_seed(seed)
     inputs, targets = binarize_test_set(images.to(next(model.parameters()).device), binarize)
     bce, kl = elbo_terms(model, inputs, targets)
@@ -501,7 +503,7 @@ def evaluate_run(
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = binarize or options.get("binarize", "dynamic")
     if binarize not in BINARIZE:
-        raise UserError(f"{path} was trained with an option that this program lacks: --binarize {binarize}")
+        raise UserError(f"--binarize, given or that of {path}, must be one of {', '.join(BINARIZE)}, not {binarize}")
     if not isinstance(dataset, ImageData):
         name, is_the_runs = str(dataset or options.get("dataset", "auto")), dataset is None and hold_out is None
         if hold_out is None:

@@ -63,7 +63,7 @@ POSITIVE: Requirement = ("a number from 1e-37 to 1e37", lambda x: 1e-37 <= x <= 
 WEIGHT: Requirement = ("a number from 0 to 1e6", lambda x: 0 <= x <= 1e6)  # whose gradients float32 can square
 NOT_NEGATIVE: Requirement = ("a number, 0 or above", lambda x: 0 <= x < math.inf)
 WHOLE: Requirement = ("a whole number from 0 to 2^31", lambda n: 0 <= n < 2**31)
-TEXT: Requirement = ("a name or a path", lambda text: "\0" not in str(text))
+TEXT: Requirement = ("a name or a path", lambda text: str(text) != "" and "\0" not in str(text))
 SWITCH: Requirement = ("True or False", lambda _: True)
 KINDS = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike), bool: bool}
 

@@ -122,7 +122,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             where = f"{error.filename}: " if error.filename else ""
             message, code = f"{where}{error.strerror or one_line(error)}", 2
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            if not isinstance(error, MemoryError) and not re.search(
+                "out of memory|allocate memory|size calculation", str(error)
+            ):
                 raise
             message, code = f"out of memory: try smaller sizes ({one_line(error)})", 2
         except KeyboardInterrupt as error:

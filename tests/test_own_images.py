@@ -240,6 +240,8 @@ def test_what_is_no_data(tmp_path: Path, fails: Callable):
         assert str(tmp_path / name) in fails(train.main, "--dataset", tmp_path / name, "--out-dir", tmp_path / "runs")
     assert "--image-size" in fails(train.main, "--dataset=mnist-5k", "--image-size=14")
     assert "--image-size" in fails(train.main, "--dataset", tmp_path / "empty", "--image-size=0")
+    (tmp_path / "mixed" / "b.PNG").unlink()
+    assert "memory" in fails(train.main, "--dataset", tmp_path / "mixed", f"--image-size={2**31 - 1}")
 
 
 def test_image_data_is_checked():
@@ -279,3 +281,5 @@ def test_metrics_are_of_bytes_only():
     ):
         with pytest.raises(UserError, match=says):
             evaluate.evaluate(model, wrong, nll_samples=1)
+    with pytest.raises(UserError, match="nll_samples"):
+        evaluate.evaluate(model, images, nll_samples=0)

@@ -395,6 +395,7 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--objective", "elbow"], "--objective"),
         (["--adam-eps", "-1"], "--adam-eps"),
         (["--adam-eps", "0"], "--adam-eps"),
+        (["--data-dir", ""], "--data-dir"),
         (["--adam-eps", "1e-50"], "--adam-eps"),
         (["--beta", "1e308"], "--beta"),
         (["--encoder-layers", "1001"], "--encoder-layers"),
