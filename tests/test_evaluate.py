@@ -198,7 +198,9 @@ def test_reconstructions_show_image_input_and_output(trained: VAE, digits: Image
 
 
 def test_prior_samples_are_decoded_draws(trained: VAE):
+    state = torch.get_rng_state()
     tiles = picture(evaluate.draw_prior_samples(trained, "", seed=5), 10)
+    assert torch.equal(torch.get_rng_state(), state)
     z = torch.randn(100, 2, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(tiles.reshape(100, 784), trained.decode(z))
 
