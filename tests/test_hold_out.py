@@ -21,6 +21,12 @@ from tests.test_data import lay_out
 QUICK = {"epochs": 1, "hidden_size": 8, "latent_size": 2}
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
+
+
 def test_the_last_training_images_and_not_the_test_set(tmp_path: Path):
     images = lay_out(tmp_path, "mnist", num_train=30)["train"]
     for file in (tmp_path / "MNIST" / "raw").glob("t10k*"):
