@@ -222,6 +222,8 @@ def test_bfloat16_rounds_products_and_nothing_else():
     for weight, other in zip(model.parameters(), exact.parameters(), strict=True):
         assert weight.grad.dtype == torch.float32
         assert nn.functional.cosine_similarity(weight.grad.flatten(), other.grad.flatten(), 0) > 0.999
+    with utils.matmul_precision("medium", "cpu"):
+        assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.is_autocast_enabled("cpu")
 

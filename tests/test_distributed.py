@@ -42,36 +42,37 @@ def torchrun(ranks: int, script: Path, *args: str) -> subprocess.CompletedProces
     return subprocess.run([*command, str(script), *args], capture_output=True, text=True, timeout=100, env=env)
 
 
-def first_gradients(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The gradients of the first step on a batch of 127, with noise that is a function of the image alone."""
+def first_step(images: torch.Tensor) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
+    """The test losses, and the gradients of the first step on a batch of 127, with noise that depends on the image."""
     rank, ranks = utils.rank_and_ranks()
     train.binarize = lambda images, mode: ((images / 255).round(),) * 2
     torch.randn_like = lambda std: torch.sin(10 * std.detach())
     torch.manual_seed(0)
     model = VAE(784, 32, 4)
+    losses = train.compute_test_losses(model, *train.binarize(images.flatten(1), ""))
     step = train.make_step(model, torch.optim.Adam(model.parameters()), images.flatten(1), train.Options())
     step(torch.arange(127)[rank::ranks], torch.tensor([1e-3, 0.7]))
-    return {name: weight.grad for name, weight in model.named_parameters()}
+    return losses, {name: weight.grad for name, weight in model.named_parameters()}
 
 
-def save_first_gradients(images: torch.Tensor) -> None:
+def save_first_step(images: torch.Tensor) -> None:
     with utils.process_group():
-        gradients = first_gradients(images)
-        if utils.rank_and_ranks()[0] == 0:
-            torch.save(gradients, "gradients.pt")
+        torch.save(first_step(images), f"step-{utils.rank_and_ranks()[0]}.pt")
     threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], "such threads abort a process that exits"
 
 
-def test_gradients_of_the_first_step(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
-    run_ranks(2, save_first_gradients, digits.test_images)
+def test_gradients_and_test_losses_are_those_of_one_process(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
+    run_ranks(2, save_first_step, digits.test_images)
     with monkeypatch.context() as patch:
         patch.setattr(train, "binarize", train.binarize)
         patch.setattr(torch, "randn_like", torch.randn_like)
-        expected = first_gradients(digits.test_images)
-    gradients = torch.load("gradients.pt")
-    for name, gradient in expected.items():
-        assert torch.linalg.norm(gradients[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
+        expected_losses, expected = first_step(digits.test_images)
+    for rank in range(2):
+        losses, gradients = torch.load(f"step-{rank}.pt")
+        assert losses == pytest.approx(expected_losses)
+        for name, gradient in expected.items():
+            assert torch.linalg.norm(gradients[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
 
 
 def resume(run: Path, epochs: int) -> None:
@@ -100,13 +101,14 @@ def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path, m
 
 
 def record_what_is_seen(data: ImageData) -> None:
-    make_step, seen = train.make_step, []
+    make_step, seen, noise = train.make_step, [], []
 
     def recording(*args: object) -> train.Step:
         step = make_step(*args)
 
         def recorded(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
             seen.extend(batch.tolist())
+            noise.append(torch.rand(()).item())
             return step(batch, rates)
 
         return recorded
@@ -117,16 +119,19 @@ def record_what_is_seen(data: ImageData) -> None:
     with utils.process_group():
         for batch_size in (128, 2249):
             seen.clear()
+            noise.clear()
             train.train(data, **options, batch_size=batch_size, epochs=1, out_dir="runs")
-            torch.save(seen, f"seen-{utils.rank_and_ranks()[0]}-{batch_size}.pt")
+            torch.save((seen, noise), f"seen-{utils.rank_and_ranks()[0]}-{batch_size}.pt")
 
 
-def test_three_ranks_use_every_image_once(digits: ImageData):
+def test_three_ranks_use_every_image_once_with_noise_of_their_own(digits: ImageData):
     """4,500 images in batches of 128 leave 20 for the last, and batches of 2,249 leave 2: fewer than ranks."""
     run_ranks(3, record_what_is_seen, digits)
     for batch_size in (128, 2249):
-        seen = [torch.load(f"seen-{rank}-{batch_size}.pt") for rank in range(3)]
+        seen, noise = zip(*(torch.load(f"seen-{rank}-{batch_size}.pt") for rank in range(3)), strict=True)
         assert sorted(i for of_rank in seen for i in of_rank) == list(range(4500))
+        draws = [draw for of_rank in noise for draw in of_rank]
+        assert len(set(draws)) == len(draws)
 
 
 def test_a_rank_that_dies_ends_the_job_and_leaves_a_good_checkpoint(tmp_path: Path, digits: ImageData):

@@ -4,6 +4,8 @@ import errno
 import itertools
 import os
 import pickle
+import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,18 @@ def test_cuda_graph_calls_its_function():
     assert len(set(draws)) == len(draws)
 
 
+def test_a_command_leaves_signals_as_they_were():
+    def handler(*_: object) -> None:
+        pass
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        utils.command(lambda: None)()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and run folders
 
@@ -93,8 +107,18 @@ def test_write_atomically_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_the_disk_before_its_name_and_then_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that after a power cut either the old or the new file is there, whole."""
+    done, replace = [], os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: done.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"))
+    monkeypatch.setattr("os.replace", lambda *paths: done.append("name") or replace(*paths))
+    utils.write_atomically(tmp_path / "file", b"new")
+    assert done == ["file", "name", "folder"]
+
+
 def test_a_reader_never_sees_half_a_file(tmp_path: Path):
     path = tmp_path / "file"
+    (tmp_path / f".file.{os.getpid()}.part").write_text("left by a killed process of this number")
     utils.write_atomically(path, b"old")
     with open(path, "rb") as reader:
         utils.write_atomically(path, b"new")
