@@ -341,7 +341,8 @@ def keep_how(options: Options) -> Options:
 def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
     """Raises ValueError or another error where training could not go on from a checkpoint's state."""
     history = checkpoint["history"]
-    if len(history) != checkpoint["epoch"] or any(row["epoch"] != i + 1 for i, row in enumerate(history)):
+    is_row = [row.keys() == {*COLUMNS} and row["epoch"] == i + 1 for i, row in enumerate(history)]
+    if len(history) != checkpoint["epoch"] or not all(is_row):
         raise ValueError("its history is not that of its epochs")
     if not all(type(row[name]) is float and math.isfinite(row[name]) for row in history for name in COLUMNS[1:]):
         raise ValueError("its history holds what is no number")

@@ -367,7 +367,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_state_dict"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this VAE: it has no model and model_state_dict")
-    kinds = {"model": dict, "model_state_dict": dict, "class": str, "options": dict, "epoch": int}
+    kinds = {"model": dict, "model_state_dict": dict, "class": str, "options": dict, "epoch": int, "checksum": int}
     kinds_of_options = {"dataset": str, "binarize": str, "hold_out": int}
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name, kind()), kind)]
     if not wrong:

@@ -348,6 +348,8 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path, monkeypatch: pyte
         lambda c: c["training_weights"].update({"encoder.fc1.weight": torch.zeros(16, 784, dtype=torch.int64)}),
         lambda c: c["history"][0].update(test_kl="12"),
         lambda c: c["history"][0].update(epoch=2),
+        lambda c: c["history"][0].update(other=1.0),
+        lambda c: c["history"].insert(0, torch.zeros(3)),
         lambda c: c["history"][0].pop("seconds"),
         lambda c: c.update(epoch=2),
         lambda c: c["options"].pop("dataset"),
