@@ -275,7 +275,7 @@ def resume(
     evaluate.check_same_images(checkpoint, dataset, path)
     try:
         check_training_state(checkpoint, model)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(damaged) from error
     utils.clear_parts(path.parent)
     return _fit(model, checkpoint, options, dataset, path.parent, on_epoch)

@@ -345,6 +345,7 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path, monkeypatch: pyte
         lambda c: c["optimizer_state_dict"]["state"][1].update(exp_avg_sq=3),
         lambda c: c["optimizer_state_dict"]["state"].pop(2),
         lambda c: c["optimizer_state_dict"].update(param_groups=[]),
+        lambda c: c["optimizer_state_dict"].update(state=torch.zeros(0)),
         lambda c: c["training_weights"].update({"encoder.fc1.weight": torch.zeros(16, 784, dtype=torch.int64)}),
         lambda c: c["history"][0].update(test_kl="12"),
         lambda c: c["history"][0].update(epoch=2),

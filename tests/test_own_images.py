@@ -240,6 +240,8 @@ def test_what_is_no_data(tmp_path: Path, fails: Callable):
         assert str(tmp_path / name) in fails(train.main, "--dataset", tmp_path / name, "--out-dir", tmp_path / "runs")
     assert "--image-size" in fails(train.main, "--dataset=mnist-5k", "--image-size=14")
     assert "--image-size" in fails(train.main, "--dataset", tmp_path / "empty", "--image-size=0")
+    for name in ("b.png", "c.png"):
+        shutil.copy(tmp_path / "mixed" / "b.PNG", tmp_path / "mixed" / "class" / name)
     (tmp_path / "mixed" / "b.PNG").unlink()
     assert "memory" in fails(train.main, "--dataset", tmp_path / "mixed", f"--image-size={2**31 - 1}")
 

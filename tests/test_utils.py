@@ -165,7 +165,7 @@ class RunsCode:
         {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": "3"},
         {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": -1},
         {"model": {}, "model_state_dict": VAE().state_dict(), "checksum": torch.zeros(0)},
-        {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": 10**5000},
+        {"model": {}, "model_state_dict": VAE().state_dict(), "epoch": 2**40},
         {"model": {}, "model_state_dict": {name: weight.int() for name, weight in VAE().state_dict().items()}},
         {"model": {"hidden_size": 2**30}, "model_state_dict": VAE().state_dict()},
         {"model": {}, "model_state_dict": {name: weight * torch.nan for name, weight in VAE().state_dict().items()}},
