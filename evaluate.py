@@ -490,8 +490,9 @@ def evaluate_run(
     """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures -> metrics.
 
     A checkpoint of a subclass of VAE needs such a model. dataset, binarize and hold_out (0: the test set) are by
-    default those of the run, whose images must be the same still; out_dir is the run folder, and for a checkpoint
-    FILE.pt a folder FILE. Raises UserError for a bad value or file, and OSError.
+    default those of the run, whose images must be the same still; hold_out is 0 by default where a data set is named.
+    out_dir is the run folder, and for a checkpoint FILE.pt a folder FILE. Raises UserError for a bad value or file, and
+    OSError.
     """
     device = utils.choose_device(device)
     path = utils.checkpoint_path(run)
@@ -504,10 +505,14 @@ def evaluate_run(
     binarize = binarize or options.get("binarize", "dynamic")
     if binarize not in BINARIZE:
         raise UserError(f"--binarize, given or that of {path}, must be one of {', '.join(BINARIZE)}, not {binarize}")
-    if not isinstance(dataset, ImageData):
-        name, is_the_runs = str(dataset or options.get("dataset", "auto")), dataset is None and hold_out is None
-        if hold_out is None:
-            hold_out = 0 if dataset else options.get("hold_out", 0)
+    is_the_runs = dataset is None and hold_out is None
+    if hold_out is None:
+        is_named = dataset is not None and not isinstance(dataset, ImageData)
+        hold_out = 0 if is_named else options.get("hold_out", 0)
+    if isinstance(dataset, ImageData):
+        dataset = dataset.hold_out(hold_out or dataset.num_held_out)
+    else:
+        name = str(dataset or options.get("dataset", "auto"))
         is_folder = name not in DATASETS and Path(name).is_dir()
         image_size = math.isqrt(model.config["input_size"]) if is_folder else None
         dataset = load_dataset(name, data_dir, image_size, hold_out)

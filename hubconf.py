@@ -1,16 +1,15 @@
 """torch.hub.load("PATH/OR/USER/REPO", "vae", source="local") builds the model without a copy of the code.
 
-model = torch.hub.load("PATH", "vae", source="local", pretrained="default")     # one of the files in weights/
+With pretrained="default" it is one of the trained models in weights/.
 """
 
 from pathlib import Path
 from typing import Any
 
 import utils
-from experiments.vampprior import VampVAE
 from model import VAE
 
-dependencies = ["torch", "torchvision", "matplotlib", "numpy", "tqdm", "mlxtend"]
+dependencies = ["torch"]
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -30,6 +29,10 @@ def vae(pretrained: str | None = None, **kwargs: int | str) -> VAE:
 
 def load(path: str | Path) -> tuple[VAE, dict[str, Any]]:
     """utils.load_checkpoint for the experiments' model too of which there are weights."""
-    checkpoint = utils.read_checkpoint(path)
-    is_vamp = checkpoint.get("class", "VAE").endswith("VampVAE")
-    return utils.load_checkpoint(path, VampVAE(**checkpoint["model"]) if is_vamp else None)
+    checkpoint, model = utils.read_checkpoint(path), None
+    if checkpoint.get("class", "VAE").endswith("VampVAE"):
+        from experiments.vampprior import VampVAE  # which needs more packages than the VAE
+
+        num_pseudo_inputs = len(checkpoint["model_state_dict"].get("pseudo_inputs", ()))
+        model = VampVAE(num_pseudo_inputs=num_pseudo_inputs, **checkpoint["model"])
+    return utils.load_checkpoint(path, model)

@@ -224,8 +224,9 @@ def train(
     try:
         return _fit(model, checkpoint, options, dataset, run, on_epoch)
     except BaseException as error:
-        can_go_on = isinstance(error, KeyboardInterrupt) and (run / "checkpoint.pt").exists()
-        if not checkpoint["history"] and not can_go_on:  # no epoch came to its end: nobody is to take it for a run
+        if isinstance(error, KeyboardInterrupt) and (run / "checkpoint.pt").exists():
+            error.run = run  # for main to say how it goes on
+        elif not checkpoint["history"]:  # no epoch came to its end: nobody is to take it for a run
             utils.discard_run(run)
         raise
 
@@ -420,35 +421,31 @@ def _fit(
     objective, compiled = Objective(model, options), None
     num_images, is_likelihood = len(train_images), average.is_likelihood(test_set[1])
     total, done = options.epochs * num_images, (first - 1) * num_images
-    try:
-        if not is_finished:
-            model.train()
-            with utils.matmul_precision(options.precision, device):
-                check_gradients(objective, train_images[: options.batch_size // ranks], options)
-                compiled = compile_step(objective, optimizer, train_images, options) if options.compile else None
-            options = replace(options, compile=compiled is not None)
-        step = make_step(model, optimizer, train_images, options, compiled)
-        bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
-        with utils.matmul_precision("medium", device), bar as progress:
-            for epoch in range(first, options.epochs + 1):
-                started = time.perf_counter()
-                neg_elbos = train_epoch(step, model, average, train_images, epoch, options, progress).cpu()
-                seconds = time.perf_counter() - started
-                average.eval()
-                losses = (neg_elbos.double().sum().item() / num_images, *compute_test_losses(average, *test_set))
-                check_finite(neg_elbos, losses, epoch, run)
-                history.append(dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True)))
-                if rank > 0:
-                    continue
-                save(run, average, model, optimizer, options, history, checksum)
-                tqdm.write(epoch_line(history[-1], options, average, is_likelihood))
-                if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
-                    draw(run, average, dataset, test_set[0], options, history)
-                if on_epoch:
-                    on_epoch(average, history)
-    except KeyboardInterrupt as error:
-        error.run = run  # for main to say how it goes on
-        raise
+    if not is_finished:
+        model.train()
+        with utils.matmul_precision(options.precision, device):
+            check_gradients(objective, train_images[: options.batch_size // ranks], options)
+            compiled = compile_step(objective, optimizer, train_images, options) if options.compile else None
+        options = replace(options, compile=compiled is not None)
+    step = make_step(model, optimizer, train_images, options, compiled)
+    bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
+    with utils.matmul_precision("medium", device), bar as progress:
+        for epoch in range(first, options.epochs + 1):
+            started = time.perf_counter()
+            neg_elbos = train_epoch(step, model, average, train_images, epoch, options, progress).cpu()
+            seconds = time.perf_counter() - started
+            average.eval()
+            losses = (neg_elbos.double().sum().item() / num_images, *compute_test_losses(average, *test_set))
+            check_finite(neg_elbos, losses, epoch, run)
+            history.append(dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True)))
+            if rank > 0:
+                continue
+            save(run, average, model, optimizer, options, history, checksum)
+            tqdm.write(epoch_line(history[-1], options, average, is_likelihood))
+            if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
+                draw(run, average, dataset, test_set[0], options, history)
+            if on_epoch:
+                on_epoch(average, history)
     return average, history, run
 
 
@@ -802,7 +799,7 @@ def main(model: Model | None = None, description: str | None = __doc__, **defaul
                 model, _, run = resume(resumed, model, **given)
             rank, _ = utils.rank_and_ranks()
     except KeyboardInterrupt as error:
-        if hasattr(error, "run"):
+        if resumed or hasattr(error, "run"):
             again = sys.argv if resumed else [script, "--resume", error.run, *place]
             error.args = (f"{str(error) or 'interrupted'}: {utils.shell_line('python', *again)} goes on",)
         raise

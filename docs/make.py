@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import hubconf
 import utils
 from data import load_dataset
 from evaluate import describe, make_page
-from experiments.vampprior import VampVAE
 
 ROOT = Path(__file__).parent.parent
 MODELS = {"main": ("default", "Draw, Mix and Loss"), "map": ("2d", "The map"), "vamp": ("vampprior", "The VampPrior")}
@@ -35,11 +35,8 @@ def make(weights: Path) -> str:
     """The page, of default.pt, 2d.pt and vampprior.pt in the folder of weights. Raises UserError where one is not."""
     models, notes = {}, []
     for role, (name, what) in MODELS.items():
-        path = utils.checkpoint_path(weights / f"{name}.pt")
-        checkpoint = utils.read_checkpoint(path)
-        inputs, options = checkpoint["model_state_dict"].get("pseudo_inputs", ()), checkpoint.get("options", {})
-        model = VampVAE(num_pseudo_inputs=len(inputs), **checkpoint["model"]) if role == "vamp" else None
-        models[role] = utils.load_weights(model, checkpoint, path)
+        models[role], checkpoint = hubconf.load(weights / f"{name}.pt")
+        options = checkpoint.get("options", {})
         trained_on = options.get("dataset", "mnist"), options.get("binarize", "dynamic")
         notes.append(f"{what}: {describe(*trained_on, models[role], checkpoint.get('epoch'))}.")
     digits = load_dataset("mnist-5k")

@@ -81,6 +81,7 @@ def test_images_of_ones_own(digits: ImageData, tmp_path: Path):
     _, _, run = train.train(mine, out_dir=tmp_path, hold_out=60, **QUICK)
     train.resume(run, dataset=mine, epochs=2)
     train.resume(run, dataset=mine.hold_out(60), epochs=3)
+    assert evaluate.evaluate_run(run, dataset=mine, nll_samples=1)["hold_out"] == 60
     held = mine.hold_out(60)
     _, _, run = train.train(held, out_dir=tmp_path, **QUICK)
     assert utils.read_checkpoint(run)["options"]["hold_out"] == 60

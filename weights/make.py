@@ -1,6 +1,6 @@
-"""Makes weights/NAME.pt of a run: its model in half precision, which it prints the cost of.
+"""Makes weights/NAME.pt of a run, in half precision: python weights/make.py runs/001-mnist-z20 default
 
-python weights/make.py runs/001-mnist-z20 default
+Prints what that costs, and refuses where it is more than 0.01 nats.
 """
 
 import sys
