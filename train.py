@@ -69,7 +69,7 @@ KINDS = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike), bo
 
 PLACES = {"data_dir", "out_dir"}  # of this machine: not kept in a checkpoint
 RESUMABLE = ("epochs", "dataset", "data_dir", "device")  # what --resume takes
-SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation")  # a model's arguments
+SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation", "skip_connections")
 
 
 def option(default: Any, help: str, requirement: Requirement) -> Any:
@@ -114,6 +114,9 @@ class Options:
     encoder_layers: int = option(2, "hidden layers of the encoder", LAYERS)
     decoder_layers: int = option(1, "hidden layers of the decoder", LAYERS)
     activation: str = choice("relu", "of the hidden layers", tuple(ACTIVATIONS))
+    skip_connections: bool = option(
+        False, "give z to every layer of the decoder, not the first alone, which keeps more latents in use", SWITCH
+    )
     init: str = choice(
         "pytorch",
         "burda2016: Glorot-uniform weights, and the mean image as the output's bias",

@@ -42,13 +42,13 @@ function linear({ weight, bias }, x) {
   return y;
 }
 
-function readModel({ size, order, activation, encoder, mu, logvar, decoder, prior, points }) {
-  const activate = activations[activation];
+function readModel({ size, order, activation, skip, encoder, mu, logvar, decoder, prior, points }) {
+  const activate = activations[activation], [firstLayer, ...laterLayers] = readLayers(decoder);
   const hidden = (layers, x) => layers.reduce((h, layer) => linear(layer, h).map(activate), x);
-  const decoderLayers = readLayers(decoder), outputLayer = decoderLayers.pop();
+  const besideZ = (h, z) => skip ? Float64Array.of(...h, ...z) : h;  // skip connections: every layer is given z
   const model = { size, order, points: points && readMatrix(points) };
 
-  model.logits = z => linear(outputLayer, hidden(decoderLayers, z));
+  model.logits = z => laterLayers.reduce((x, layer) => linear(layer, besideZ(x.map(activate), z)), linear(firstLayer, z));
   model.decode = z => model.logits(z).map(sigmoid);
 
   if (encoder) {

@@ -80,7 +80,7 @@ def test_default_model_is_the_published_one():
 
 
 def test_config_rebuilds_the_model():
-    vae = VAE(16, 8, 3, encoder_layers=3, decoder_layers=2, activation="tanh")
+    vae = VAE(16, 8, 3, encoder_layers=3, decoder_layers=2, activation="tanh", skip_connections=True)
     twin = VAE(**vae.config)
     twin.load_state_dict(vae.state_dict())
     x = torch.rand(2, 16)
@@ -96,6 +96,18 @@ def test_activation(activation: str, reference: nn.Module):
     x, z = torch.randn(5, 6), torch.randn(5, 3)
     torch.testing.assert_close(encoder(x), reference(encoder.fc1(x)))
     torch.testing.assert_close(decoder(z), decoder.fc2(reference(decoder.fc1(z))).sigmoid())
+
+
+def test_skip_connections():
+    """z enters every layer of the decoder, by weights of its own."""
+    decoder, z = VAE(6, 4, 3, decoder_layers=2, skip_connections=True).decoder, torch.randn(7, 5, 3)
+    hidden = decoder.fc1(z).relu()
+    for layer in (decoder.fc2, decoder.fc3):
+        of_hidden, of_z = layer.weight.split([4, 3], dim=1)
+        logits = hidden @ of_hidden.T + z @ of_z.T + layer.bias
+        hidden = logits.relu()
+    torch.testing.assert_close(decoder.logits(z), logits)
+    assert logits.shape == (7, 5, 6)
 
 
 @pytest.mark.parametrize(

@@ -614,6 +614,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "encoder_layers": 1,
         "decoder_layers": 3,
         "activation": "silu",
+        "skip_connections": True,
         "init": "burda2016",
         "binarize": "threshold",
         "objective": "elbo",
@@ -630,9 +631,9 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     args = [
         f"{train.flag(name)}={value}"
         for name, value in given.items()
-        if name not in ("average", "compile", "image_size")
+        if name not in ("average", "compile", "image_size", "skip_connections")
     ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile", "--skip-connections"])
     train.main()
     run = tmp_path / "runs" / "001-mnist-5k-z2"
     assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
@@ -656,6 +657,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         {"kl_warmup": 1.0},
         {"batch_size": 100},
         {"activation": "tanh"},
+        {"skip_connections": True},
         {"init": "burda2016"},
         {"binarize": "none"},
         {"binarize": "threshold"},
