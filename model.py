@@ -68,8 +68,8 @@ class LatentZ(nn.Module):
 class Decoder(nn.Module):
     """Maps z to the pixels' Bernoulli probabilities: hidden layers fc1, fc2, ..., and one more to the pixels.
 
-    With skip_connections, every layer after the first is given z again, beside the layer before it, which keeps more
-    latents in use (Dieng et al. 2019, arXiv 1807.04863).
+    With skip_connections, every hidden layer after the first is given z again, beside the layer before it, which keeps
+    more latents in use (Dieng et al. 2019, arXiv 1807.04863).
     """
 
     def __init__(
@@ -83,19 +83,20 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.activation, self.skip_connections = ACTIVATIONS[activation], skip_connections
-        fan_in = hidden_size + latent_size if skip_connections else hidden_size
-        for i in range(num_layers):
-            self.add_module(f"fc{i + 1}", nn.Linear(fan_in if i else latent_size, hidden_size))
-        self.add_module(f"fc{num_layers + 1}", nn.Linear(fan_in, input_size))
+        self.add_module("fc1", nn.Linear(latent_size, hidden_size))
+        for i in range(2, num_layers + 1):
+            layer = nn.Linear(hidden_size + latent_size if skip_connections else hidden_size, hidden_size)
+            nn.init.uniform_(layer.weight[:, hidden_size:], -(latent_size**-0.5), latent_size**-0.5)  # z's, as in fc1
+            self.add_module(f"fc{i}", layer)
+        self.add_module(f"fc{num_layers + 1}", nn.Linear(hidden_size, input_size))
 
     def logits(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> (..., input_size): the probabilities' log-odds, which losses are best computed from."""
-        first_layer, *layers = self.children()
-        x = first_layer(z)
-        for layer in layers:
-            hidden = self.activation(x)
-            x = layer(torch.cat([hidden, z], -1) if self.skip_connections else hidden)
-        return x
+        first_layer, *hidden_layers, output_layer = self.children()
+        hidden = self.activation(first_layer(z))
+        for layer in hidden_layers:
+            hidden = self.activation(layer(torch.cat([hidden, z], -1) if self.skip_connections else hidden))
+        return output_layer(hidden)
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> pixel probabilities (..., input_size)."""

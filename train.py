@@ -115,7 +115,7 @@ class Options:
     decoder_layers: int = option(1, "hidden layers of the decoder", LAYERS)
     activation: str = choice("relu", "of the hidden layers", tuple(ACTIVATIONS))
     skip_connections: bool = option(
-        False, "give z to every layer of the decoder, not the first alone, which keeps more latents in use", SWITCH
+        False, "give z to all hidden layers of the decoder, not the first alone: keeps more latents in use", SWITCH
     )
     init: str = choice(
         "pytorch",
@@ -157,6 +157,8 @@ class Options:
             if not (is_kind and is_good(value)):
                 raise UserError(f"{flag(option.name)} must be {text}, not {reprlib.repr(value)}")
             object.__setattr__(self, option.name, kind(value))  # whole numbers become floats, and paths text
+        if self.skip_connections and self.decoder_layers == 1:
+            raise UserError("--skip-connections is for --decoder-layers 2 or more")
         if self.objective == "elbo" and self.importance_samples > 1:
             raise UserError("--importance-samples is for --objective iwae")
         if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):

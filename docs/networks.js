@@ -43,12 +43,13 @@ function linear({ weight, bias }, x) {
 }
 
 function readModel({ size, order, activation, skip, encoder, mu, logvar, decoder, prior, points }) {
-  const activate = activations[activation], [firstLayer, ...laterLayers] = readLayers(decoder);
-  const hidden = (layers, x) => layers.reduce((h, layer) => linear(layer, h).map(activate), x);
-  const besideZ = (h, z) => skip ? Float64Array.of(...h, ...z) : h;  // skip connections: every layer is given z
+  const activate = activations[activation];
+  const hidden = (layers, x, skip = false) => layers.reduce(  // with skip, all layers are given what the first is
+    (h, layer, i) => linear(layer, skip && i ? Float64Array.of(...h, ...x) : h).map(activate), x);
+  const hiddenLayers = readLayers(decoder), outputLayer = hiddenLayers.pop();
   const model = { size, order, points: points && readMatrix(points) };
 
-  model.logits = z => laterLayers.reduce((x, layer) => linear(layer, besideZ(x.map(activate), z)), linear(firstLayer, z));
+  model.logits = z => linear(outputLayer, hidden(hiddenLayers, z, skip));
   model.decode = z => model.logits(z).map(sigmoid);
 
   if (encoder) {

@@ -99,15 +99,14 @@ def test_activation(activation: str, reference: nn.Module):
 
 
 def test_skip_connections():
-    """z enters every layer of the decoder, by weights of its own."""
-    decoder, z = VAE(6, 4, 3, decoder_layers=2, skip_connections=True).decoder, torch.randn(7, 5, 3)
+    """z enters every hidden layer of the decoder, by weights of its own, which start as large as the first layer's."""
+    decoder, z = VAE(6, 64, 3, decoder_layers=3, skip_connections=True).decoder, torch.randn(7, 5, 3)
     hidden = decoder.fc1(z).relu()
     for layer in (decoder.fc2, decoder.fc3):
-        of_hidden, of_z = layer.weight.split([4, 3], dim=1)
-        logits = hidden @ of_hidden.T + z @ of_z.T + layer.bias
-        hidden = logits.relu()
-    torch.testing.assert_close(decoder.logits(z), logits)
-    assert logits.shape == (7, 5, 6)
+        of_hidden, of_z = layer.weight.split([64, 3], dim=1)
+        hidden = (hidden @ of_hidden.T + z @ of_z.T + layer.bias).relu()
+        assert of_z.std().item() == pytest.approx(decoder.fc1.weight.std().item(), rel=0.2)
+    torch.testing.assert_close(decoder.logits(z), decoder.fc4(hidden))
 
 
 @pytest.mark.parametrize(
