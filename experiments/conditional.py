@@ -90,7 +90,11 @@ def main() -> None:
     train.flush_denormals()
     model = ConditionalVAE(len(dataset.classes), dataset.input_size, options.hidden_size, options.latent_size)
     run = utils.new_run_folder(options.out_dir, f"{dataset.name}-conditional", options.latent_size)
-    model = fit(model.to(device), dataset, options, run)
+    try:
+        model = fit(model.to(device), dataset, options, run)
+    finally:
+        if not (run / "checkpoint.pt").exists():  # no epoch came to its end
+            utils.discard_run(run)
 
     # Metrics: of all test images, each given its class
     classes = [torch.tensor([label], device=device) for label in range(model.num_classes)]

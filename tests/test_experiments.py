@@ -164,6 +164,12 @@ def test_conditional_command(mode: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert {path.name for path in run.iterdir()} >= {"checkpoint.pt", "metrics.json", "samples_by_class.png"}
 
 
+def test_conditional_leaves_nothing_of_a_first_epoch_that_fails(tmp_path: Path, fails: Callable):
+    error = fails(conditional.main, *SMALL, "--lr=1e30", "--out-dir", tmp_path)
+    assert "not finite in epoch 1" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_right_labels_say_more_than_wrong_ones(digits: ImageData, tmp_path: Path):
     torch.manual_seed(0)
     options = train.Options(epochs=4, batch_size=50, lr=3e-3)
