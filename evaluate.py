@@ -397,7 +397,7 @@ def _page_model(model: VAE, images: Tensor) -> dict[str, Any]:
         return {"weight": _matrix(linear.weight.T), "bias": _floats(linear.bias)}
 
     decoder = [layer(linear) for linear in model.decoder.children()]
-    content = {"activation": model.config["activation"], "skip": model.decoder.skip_connections, "decoder": decoder}
+    content = {"activation": model.config["activation"], "decoder": decoder}
     if not model.has_standard_prior():
         logvar, mu = model.components()
         return content | {"prior": {"mu": _matrix(mu), "std": _matrix(torch.exp(0.5 * logvar))}, "size": mu.shape[1]}

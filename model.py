@@ -66,37 +66,23 @@ class LatentZ(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps z to the pixels' Bernoulli probabilities: hidden layers fc1, fc2, ..., and one more to the pixels.
-
-    With skip_connections, every hidden layer after the first is given z again, beside the layer before it, which keeps
-    more latents in use (Dieng et al. 2019, arXiv 1807.04863).
-    """
+    """Maps z to the pixels' Bernoulli probabilities: hidden layers fc1, fc2, ..., and one more to the pixels."""
 
     def __init__(
-        self,
-        latent_size: int,
-        hidden_size: int,
-        input_size: int,
-        num_layers: int = 1,
-        activation: str = "relu",
-        skip_connections: bool = False,
+        self, latent_size: int, hidden_size: int, input_size: int, num_layers: int = 1, activation: str = "relu"
     ):
         super().__init__()
-        self.activation, self.skip_connections = ACTIVATIONS[activation], skip_connections
-        self.add_module("fc1", nn.Linear(latent_size, hidden_size))
-        for i in range(2, num_layers + 1):
-            layer = nn.Linear(hidden_size + latent_size if skip_connections else hidden_size, hidden_size)
-            nn.init.uniform_(layer.weight[:, hidden_size:], -(latent_size**-0.5), latent_size**-0.5)  # z's, as in fc1
-            self.add_module(f"fc{i}", layer)
+        self.activation = ACTIVATIONS[activation]
+        for i in range(num_layers):
+            self.add_module(f"fc{i + 1}", nn.Linear(hidden_size if i else latent_size, hidden_size))
         self.add_module(f"fc{num_layers + 1}", nn.Linear(hidden_size, input_size))
 
     def logits(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> (..., input_size): the probabilities' log-odds, which losses are best computed from."""
-        first_layer, *hidden_layers, output_layer = self.children()
-        hidden = self.activation(first_layer(z))
+        *hidden_layers, output_layer = self.children()
         for layer in hidden_layers:
-            hidden = self.activation(layer(torch.cat([hidden, z], -1) if self.skip_connections else hidden))
-        return output_layer(hidden)
+            z = self.activation(layer(z))
+        return output_layer(z)
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> pixel probabilities (..., input_size)."""
@@ -125,7 +111,6 @@ class VAE(nn.Module):
         encoder_layers: int = 2,
         decoder_layers: int = 1,
         activation: str = "relu",
-        skip_connections: bool = False,
     ):
         """Raises ValueError for a size that is not a positive integer or an activation not in ACTIVATIONS."""
         super().__init__()
@@ -136,16 +121,15 @@ class VAE(nn.Module):
             "encoder_layers": encoder_layers,
             "decoder_layers": decoder_layers,
             "activation": activation,
-            "skip_connections": skip_connections,
         }
         for name, value in self.config.items():
-            if name not in ("activation", "skip_connections") and not (type(value) is int and value > 0):
+            if name != "activation" and not (type(value) is int and value > 0):
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         self.encoder = Encoder(input_size, hidden_size, encoder_layers, activation)
         self.latent_z = LatentZ(hidden_size, latent_size)
-        self.decoder = Decoder(latent_size, hidden_size, input_size, decoder_layers, activation, skip_connections)
+        self.decoder = Decoder(latent_size, hidden_size, input_size, decoder_layers, activation)
 
     # The networks
 

@@ -69,7 +69,7 @@ KINDS = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike), bo
 
 PLACES = {"data_dir", "out_dir"}  # of this machine: not kept in a checkpoint
 RESUMABLE = ("epochs", "dataset", "data_dir", "device")  # what --resume takes
-SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation", "skip_connections")
+SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation")  # a model's arguments
 
 
 def option(default: Any, help: str, requirement: Requirement) -> Any:
@@ -114,9 +114,6 @@ class Options:
     encoder_layers: int = option(2, "hidden layers of the encoder", LAYERS)
     decoder_layers: int = option(1, "hidden layers of the decoder", LAYERS)
     activation: str = choice("relu", "of the hidden layers", tuple(ACTIVATIONS))
-    skip_connections: bool = option(
-        False, "give z to all hidden layers of the decoder, not the first alone: keeps more latents in use", SWITCH
-    )
     init: str = choice(
         "pytorch",
         "burda2016: Glorot-uniform weights, and the mean image as the output's bias",
@@ -157,8 +154,6 @@ class Options:
             if not (is_kind and is_good(value)):
                 raise UserError(f"{flag(option.name)} must be {text}, not {reprlib.repr(value)}")
             object.__setattr__(self, option.name, kind(value))  # whole numbers become floats, and paths text
-        if self.skip_connections and self.decoder_layers == 1:
-            raise UserError("--skip-connections is for --decoder-layers 2 or more")
         if self.objective == "elbo" and self.importance_samples > 1:
             raise UserError("--importance-samples is for --objective iwae")
         if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):

@@ -446,7 +446,7 @@ def class_name(model: VAE | None) -> str:
 
 def check_config(config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Raises ValueError for the config of a VAE of which the weights cannot be, before that is built."""
-    if wrong := [name for name, value in config.items() if type(value) not in (int, str, bool)]:
+    if wrong := [name for name, value in config.items() if type(value) not in (int, str)]:
         raise ValueError(f"its {wrong[0]} is neither a number nor a name")
     if max(config.get("encoder_layers", 2), config.get("decoder_layers", 1)) > len(weights):
         raise ValueError("it has fewer weights than layers")

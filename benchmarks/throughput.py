@@ -430,7 +430,6 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where to write all that was measured")
     parser.add_argument("--picture", metavar="FILE", help="where compare and scaling draw a picture")
-    parser.set_defaults(skip_connections=False)  # JAX's loop is without
     args = parser.parse_args()
     train.flush_denormals()
     if args.threads:

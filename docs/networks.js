@@ -42,14 +42,13 @@ function linear({ weight, bias }, x) {
   return y;
 }
 
-function readModel({ size, order, activation, skip, encoder, mu, logvar, decoder, prior, points }) {
+function readModel({ size, order, activation, encoder, mu, logvar, decoder, prior, points }) {
   const activate = activations[activation];
-  const hidden = (layers, x, skip = false) => layers.reduce(  // with skip, all layers are given what the first is
-    (h, layer, i) => linear(layer, skip && i ? Float64Array.of(...h, ...x) : h).map(activate), x);
-  const hiddenLayers = readLayers(decoder), outputLayer = hiddenLayers.pop();
+  const hidden = (layers, x) => layers.reduce((h, layer) => linear(layer, h).map(activate), x);
+  const decoderLayers = readLayers(decoder), outputLayer = decoderLayers.pop();
   const model = { size, order, points: points && readMatrix(points) };
 
-  model.logits = z => linear(outputLayer, hidden(hiddenLayers, z, skip));
+  model.logits = z => linear(outputLayer, hidden(decoderLayers, z));
   model.decode = z => model.logits(z).map(sigmoid);
 
   if (encoder) {

@@ -72,7 +72,7 @@ def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: 
     return average.eval()
 
 
-SIZES = ("encoder_layers", "decoder_layers", "activation", "skip_connections")
+SIZES = ("encoder_layers", "decoder_layers", "activation")
 LEFT_OUT = ("resume", "compile", "init", "objective", "importance_samples", *SIZES)
 
 

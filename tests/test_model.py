@@ -80,7 +80,7 @@ def test_default_model_is_the_published_one():
 
 
 def test_config_rebuilds_the_model():
-    vae = VAE(16, 8, 3, encoder_layers=3, decoder_layers=2, activation="tanh", skip_connections=True)
+    vae = VAE(16, 8, 3, encoder_layers=3, decoder_layers=2, activation="tanh")
     twin = VAE(**vae.config)
     twin.load_state_dict(vae.state_dict())
     x = torch.rand(2, 16)
@@ -96,17 +96,6 @@ def test_activation(activation: str, reference: nn.Module):
     x, z = torch.randn(5, 6), torch.randn(5, 3)
     torch.testing.assert_close(encoder(x), reference(encoder.fc1(x)))
     torch.testing.assert_close(decoder(z), decoder.fc2(reference(decoder.fc1(z))).sigmoid())
-
-
-def test_skip_connections():
-    """z enters every hidden layer of the decoder, by weights of its own, which start as large as the first layer's."""
-    decoder, z = VAE(6, 64, 3, decoder_layers=3, skip_connections=True).decoder, torch.randn(7, 5, 3)
-    hidden = decoder.fc1(z).relu()
-    for layer in (decoder.fc2, decoder.fc3):
-        of_hidden, of_z = layer.weight.split([64, 3], dim=1)
-        hidden = (hidden @ of_hidden.T + z @ of_z.T + layer.bias).relu()
-        assert of_z.std().item() == pytest.approx(decoder.fc1.weight.std().item(), rel=0.2)
-    torch.testing.assert_close(decoder.logits(z), decoder.fc4(hidden))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def numbers(text: str) -> list[float]:
     [
         {"latent_size": 2, "activation": "tanh"},
         {"latent_size": 20},
-        {"latent_size": 50, "hidden_size": 512, "decoder_layers": 2, "activation": "silu", "skip_connections": True},
+        {"latent_size": 50, "hidden_size": 512, "decoder_layers": 2, "activation": "silu"},
     ],
 )
 def test_computes_what_pytorch_does(config: dict, few: ImageData, show: Callable[..., Browser]):

@@ -400,7 +400,6 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--batch-size", str(10**20)], "--batch-size"),
         (["--importance-samples", "0"], "--importance-samples"),
         (["--importance-samples", "5"], "iwae"),
-        (["--skip-connections"], "--decoder-layers"),
         (["--objective", "iwae", "--beta", "2"], "--beta"),
         (["--objective", "elbow"], "--objective"),
         (["--adam-eps", "-1"], "--adam-eps"),
@@ -615,7 +614,6 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "encoder_layers": 1,
         "decoder_layers": 3,
         "activation": "silu",
-        "skip_connections": True,
         "init": "burda2016",
         "binarize": "threshold",
         "objective": "elbo",
@@ -632,9 +630,9 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     args = [
         f"{train.flag(name)}={value}"
         for name, value in given.items()
-        if name not in ("average", "compile", "image_size", "skip_connections")
+        if name not in ("average", "compile", "image_size")
     ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile", "--skip-connections"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile"])
     train.main()
     run = tmp_path / "runs" / "001-mnist-5k-z2"
     assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
