@@ -126,6 +126,7 @@ class Options:
         "elbo", "the bound that is trained on: the ELBO, or Burda et al.'s (2016)", ("elbo", "iwae")
     )
     importance_samples: int = option(1, "draws of z per image for --objective iwae (1: the ELBO)", COUNT)
+    elbo_epochs: int = option(0, "epochs on the ELBO before --objective iwae takes over", WHOLE)
     adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", POSITIVE)
     average: bool = option(True, "evaluate and keep a running average of the weights", SWITCH)
     compile: bool | None = option(
@@ -154,10 +155,15 @@ class Options:
             if not (is_kind and is_good(value)):
                 raise UserError(f"{flag(option.name)} must be {text}, not {reprlib.repr(value)}")
             object.__setattr__(self, option.name, kind(value))  # whole numbers become floats, and paths text
-        if self.objective == "elbo" and self.importance_samples > 1:
-            raise UserError("--importance-samples is for --objective iwae")
-        if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > 0):
-            raise UserError("--beta and --kl-warmup are for --objective elbo: iwae has no KL to weigh")
+        if self.objective == "elbo" and (self.importance_samples > 1 or self.elbo_epochs > 0):
+            raise UserError("--importance-samples and --elbo-epochs are for --objective iwae")
+        if self.objective == "iwae" and (self.beta != 1 or self.kl_warmup > self.elbo_epochs):
+            raise UserError("--beta, and --kl-warmup beyond --elbo-epochs, are for the ELBO: iwae has no KL to weigh")
+
+    def at(self, epoch: int) -> "Options":
+        """The options with the objective that they have in an epoch: the ELBO in the first elbo_epochs."""
+        on_elbo = epoch <= self.elbo_epochs
+        return replace(self, objective="elbo", importance_samples=1, elbo_epochs=0) if on_elbo else self
 
     def to_save(self) -> dict[str, Any]:
         """The options as a checkpoint holds them."""
@@ -418,19 +424,14 @@ def _fit(
             draw(run, average, dataset, test_set[0], options, history)
 
     # Train
-    objective, compiled = Objective(model, options), None
     num_images, is_likelihood = len(train_images), average.is_likelihood(test_set[1])
     total, done = options.epochs * num_images, (first - 1) * num_images
-    if not is_finished:
-        model.train()
-        with utils.matmul_precision(options.precision, device):
-            check_gradients(objective, train_images[: options.batch_size // ranks], options)
-            compiled = compile_step(objective, optimizer, train_images, options) if options.compile else None
-        options = replace(options, compile=compiled is not None)
-    step = make_step(model, optimizer, train_images, options, compiled)
     bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
     with utils.matmul_precision("medium", device), bar as progress:
         for epoch in range(first, options.epochs + 1):
+            if epoch in (first, options.elbo_epochs + 1):  # where an objective is taken up
+                step, is_compiled = prepare_step(model, optimizer, train_images, options.at(epoch))
+                options = replace(options, compile=is_compiled)
             started = time.perf_counter()
             neg_elbos = train_epoch(step, model, average, train_images, epoch, options, progress).cpu()
             seconds = time.perf_counter() - started
@@ -468,6 +469,21 @@ class Objective(nn.Module):
 
 
 Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def prepare_step(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, options: Options) -> tuple[Step, bool]:
+    """make_step of what is checked, and compiled if the options say so and it can be -> the step, and whether it is.
+
+    Raises UserError where a weight takes no part in the loss.
+    """
+    _, ranks = utils.rank_and_ranks()
+    objective, compiled = Objective(model, options), None
+    model.train()
+    with utils.matmul_precision(options.precision, images.device):
+        check_gradients(objective, images[: options.batch_size // ranks], options)
+        if options.compile:
+            compiled = compile_step(objective, optimizer, images, options)
+    return make_step(model, optimizer, images, options, compiled), compiled is not None
 
 
 def make_step(
@@ -511,7 +527,7 @@ def compile_step(
     rank, ranks = utils.rank_and_ranks()
     if ranks > 1 or images.device.type == "mps":
         if rank == 0:
-            print("note: with several processes, and on mps, the step is not compiled", file=sys.stderr)
+            tqdm.write("note: with several processes, and on mps, the step is not compiled", file=sys.stderr)
         return None
     weights = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
     buffers = dict(objective.named_buffers())
@@ -542,7 +558,8 @@ def compile_step(
             return compiled(copy(detached), copy(buffers), copy(adam), chosen, bits, rates, corrections)
 
     detached = {name: weight.detach() for name, weight in weights.items()}  # the same memory
-    print("compiling the training step, which takes up to half a minute (--no-compile leaves it out)", flush=True)
+    tqdm.write("compiling the training step, which takes up to half a minute (--no-compile leaves it out)")
+    sys.stdout.flush()
     try:
         step(
             torch.arange(min(options.batch_size, len(images)), device=images.device),
@@ -551,7 +568,7 @@ def compile_step(
         )
     except Exception as error:  # of many kinds, from PyTorch and from the compiler
         reason = f"{type(error).__name__}: {utils.one_line(error)[:200]}"
-        print(f"warning: the step can't be compiled and is not, which is only slower ({reason})", file=sys.stderr)
+        tqdm.write(f"warning: the step can't be compiled and is not, which is only slower ({reason})", file=sys.stderr)
         return None
     return step
 

@@ -84,14 +84,17 @@ def resume(run: Path, epochs: int) -> None:
 
 def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
+    """And both when another objective takes over, with the second epoch."""
     out_dir = tmp_path / "runs"
     (tmp_path / "script.py").write_text(HEADER + "train.main()")
-    done = torchrun(2, tmp_path / "script.py", *ARGS, "--epochs=2", f"--out-dir={out_dir}")
+    iwae = {"objective": "iwae", "importance_samples": 3, "elbo_epochs": 1}
+    changed = [f"--{name.replace('_', '-')}={value}" for name, value in iwae.items()]
+    done = torchrun(2, tmp_path / "script.py", *ARGS, *changed, "--epochs=2", f"--out-dir={out_dir}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == done.stdout.count("done: now try") == 1
     run = out_dir / "001-mnist-5k-z4"
     assert len(list(out_dir.iterdir())) == 1
-    _, history, _ = train.train(**OPTIONS, epochs=3, out_dir=out_dir)
+    _, history, _ = train.train(**OPTIONS, **iwae, epochs=3, out_dir=out_dir)
     _, resumed, _ = train.resume(run, epochs=3)
     for name in ("train_loss", "test_loss"):
         assert [row[name] for row in resumed] == pytest.approx([row[name] for row in history], rel=0.02)

@@ -280,6 +280,28 @@ def test_resumed_is_bit_identical(tmp_path: Path):
     assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
 
 
+def test_objective_changes_after_elbo_epochs(tmp_path: Path):
+    """Until then bit for bit as on the ELBO; from then on as a run on the ELBO that is made to go on as an IWAE."""
+    options = SMALL | {"kl_warmup": 2.0, "out_dir": str(tmp_path)}
+    iwae = {"objective": "iwae", "importance_samples": 3}
+    _, _, first = train.train(**options, epochs=2)
+    _, _, switched = train.train(**options, **iwae, elbo_epochs=2, epochs=1)
+    train.resume(switched, epochs=2)
+    assert same_weights(first, switched)
+    train.resume(switched, epochs=3)
+    _, _, straight = train.train(**options, **iwae, elbo_epochs=2, epochs=3)
+    assert same_weights(straight, switched)
+    assert saved(straight)["options"]["elbo_epochs"] == 2
+
+    checkpoint = saved(first)
+    train.resume(first, epochs=3)
+    assert not same_weights(straight, first)
+    checkpoint["options"] |= iwae | {"kl_warmup": 0.0}
+    utils.save_checkpoint(first / "checkpoint.pt", checkpoint)
+    train.resume(first, epochs=3)
+    assert same_weights(straight, first)
+
+
 def test_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options = SMALL | {"lr_schedule": "cosine", "kl_warmup": 2.0, "epochs": 3, "out_dir": str(tmp_path)}
     _, _, straight = train.train(**options)
@@ -400,7 +422,10 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--batch-size", str(10**20)], "--batch-size"),
         (["--importance-samples", "0"], "--importance-samples"),
         (["--importance-samples", "5"], "iwae"),
+        (["--elbo-epochs", "5"], "--elbo-epochs"),
+        (["--objective", "iwae", "--elbo-epochs", "-1"], "--elbo-epochs"),
         (["--objective", "iwae", "--beta", "2"], "--beta"),
+        (["--objective", "iwae", "--elbo-epochs", "5", "--kl-warmup", "6"], "--kl-warmup"),
         (["--objective", "elbow"], "--objective"),
         (["--adam-eps", "-1"], "--adam-eps"),
         (["--adam-eps", "0"], "--adam-eps"),
@@ -464,7 +489,7 @@ def test_a_run_saved_before_an_option_existed(tmp_path: Path, capsys: pytest.Cap
     _, _, straight = train.train(**SMALL, epochs=2, out_dir=tmp_path)
     _, _, run = train.train(**SMALL, epochs=1, out_dir=tmp_path)
     checkpoint = saved(run)
-    for name in ("objective", "importance_samples", "image_size", "adam_eps", "init"):
+    for name in ("objective", "importance_samples", "elbo_epochs", "image_size", "adam_eps", "init"):
         del checkpoint["options"][name]
     checkpoint["options"]["weight_decay"] = 0.0
     for name in ("class", "checksum"):
@@ -618,6 +643,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "binarize": "threshold",
         "objective": "elbo",
         "importance_samples": 1,
+        "elbo_epochs": 0,
         "adam_eps": 1e-6,
         "average": False,
         "compile": False,
