@@ -12,7 +12,8 @@ from data import ImageData, binarize_test_set
 from utils import UserError
 
 WEIGHTS = sorted(hubconf.WEIGHTS.glob("*.pt"))
-LARGEST_ERROR = {"2d": 150, "best-likelihood": 68, "default": 80, "vampprior": 72}  # -log p(x|z) of reconstructions, nats per image
+# -log p(x|z) of reconstructions, nats per image
+LARGEST_ERROR = {"2d": 150, "best-likelihood": 68, "default": 80, "vampprior": 72}
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
