@@ -73,7 +73,7 @@ def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: 
 
 
 SIZES = ("encoder_layers", "decoder_layers", "activation")
-LEFT_OUT = ("resume", "compile", "init", "objective", "importance_samples", *SIZES)
+LEFT_OUT = ("resume", "compile", "init", "objective", "importance_samples", "elbo_epochs", *SIZES)
 
 
 @utils.command
