@@ -1,6 +1,7 @@
 """Another prior: the VampPrior (Tomczak & Welling 2018, arXiv 1705.07120), a mixture of posteriors of learned inputs.
 
     python experiments/vampprior.py                   # train.py's options, but for the defaults at the end of this file
+    python experiments/vampprior.py --objective iwae --importance-samples 5 --elbo-epochs 80 --epochs 100  # a lower nll
     python experiments/vampprior.py --resume RUN --nll-samples 5000
 
 N(0, I) is not where the encoder puts the images: it leaves holes, and pays for them. This prior is
@@ -63,4 +64,4 @@ def make_model(dataset: ImageData, options: train.Options) -> VAE:
 
 if __name__ == "__main__":
     sizes = {"hidden_size": 512, "decoder_layers": 2, "activation": "silu", "latent_size": 50}
-    train.main(make_model, __doc__, **sizes, batch_size=256, lr=2e-3, kl_warmup=14, epochs=60)
+    train.main(make_model, __doc__, **sizes, batch_size=512, lr=2e-3, kl_warmup=25, epochs=80)
