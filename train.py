@@ -128,6 +128,9 @@ class Options:
     importance_samples: int = option(1, "draws of z per image for --objective iwae (1: the ELBO)", COUNT)
     elbo_epochs: int = option(0, "epochs on the ELBO before --objective iwae takes over", WHOLE)
     adam_eps: float = option(1e-8, "Adam's epsilon, to be compared with gradients summed over the batch", POSITIVE)
+    clip_grad_norm: float | None = option(
+        None, "scale a step's gradient, summed over the batch, down to this norm if it is larger", POSITIVE
+    )
     average: bool = option(True, "evaluate and keep a running average of the weights", SWITCH)
     compile: bool | None = option(
         None,
@@ -509,6 +512,8 @@ def make_step(
         loss, neg_elbo = objective(inputs, targets, kl_weight)
         optimizer.zero_grad()
         loss.backward(scale.to(loss.dtype))
+        if options.clip_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         return neg_elbo.detach()
@@ -546,6 +551,9 @@ def compile_step(
         lr, kl_weight = rates.unbind()
         inputs, targets = binarize(images, options.binarize, bits=bits)
         gradients, (_, neg_elbo) = grad_and_value(loss, has_aux=True)(weights, buffers, inputs, targets, kl_weight)
+        if options.clip_grad_norm:
+            scale = (options.clip_grad_norm / nn.utils.get_total_norm(gradients.values())).clamp(max=1)
+            gradients = {name: scale * gradient for name, gradient in gradients.items()}
         for name, state in zip(weights, adam, strict=True):
             adam_step(weights[name], gradients[name], state, lr, corrections, group["betas"], group["eps"])
         return neg_elbo
@@ -614,8 +622,9 @@ def train_epoch(
     neg_elbos = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     model.train()
-    with utils.matmul_precision(options.precision, images.device):
+    with utils.matmul_precision(options.precision, images.device), utils.interrupts_held() as let_interrupts_through:
         for i, batch in enumerate(batches):
+            let_interrupts_through()
             neg_elbos[i] = step(batch[rank::ranks], rates[i])
             if options.average and i % stride == 0:
                 update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)

@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -138,6 +139,33 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         sys.exit(code)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Holds back Ctrl-C and SIGTERM until the end, or until what this yields is called.
+
+    An exception that they raise while PyTorch checks whether a compiled function fits its arguments is lost, or ends in
+    another. Only Python's main thread gets signals: in any other this does nothing.
+    """
+    pending: list[tuple[int, Any]] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    held = {number: handler for number, handler in handlers.items() if callable(handler) and in_main_thread}
+
+    def let_through() -> None:
+        while pending:
+            number, frame = pending.pop(0)
+            held[number](number, frame)
+
+    for number in held:
+        signal.signal(number, lambda *args: pending.append(args))
+    try:
+        yield let_through
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        let_through()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run that is killed, interrupted, out of disk or damaged loses the epoch in flight at most."""
 
+import contextlib
 import csv
 import io
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import train
 import utils
@@ -119,6 +121,27 @@ def test_killed_at_random_moments(number: signal.Signals, codes: set[int], tmp_p
     assert not list(run.glob(".*.part"))
     _, _, straight = train.train(**OPTIONS, epochs=epoch + 2, out_dir=str(tmp_path))
     assert same_weights(run, straight)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_signal_is_not_lost_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """PyTorch's check of a compiled function's arguments takes any exception for a no. Two signals count as one."""
+    rates = []
+
+    def step(batch: Tensor, rate: Tensor) -> Tensor:
+        rates.append(rate)
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return torch.zeros(())
+
+    monkeypatch.setattr(train, "prepare_step", lambda *args: (step, False))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        utils.command(train.train)(**OPTIONS, epochs=1, out_dir=str(tmp_path))
+    assert caught.value.code == 143
+    assert len(rates) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.usefixtures("small")

@@ -56,11 +56,12 @@ def same_weights(a: Path, b: Path) -> bool:
 # The loop
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, stride: int):
+@pytest.mark.parametrize(("stride", "largest_norm"), [(1, math.inf), (2, 2150.0)])  # about half are larger
+def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, stride: int, largest_norm: float):
     """train_epoch, twice, against the loop as a tutorial writes it, with the same draws."""
     images = digits.test_images.flatten(1)
-    options = train.Options(**SMALL | {"batch_size": 128, "beta": 0.7})
+    clip = None if largest_norm == math.inf else largest_norm
+    options = train.Options(**SMALL | {"batch_size": 128, "beta": 0.7, "clip_grad_norm": clip})
     model = VAE(784, 16, 3).double()
     reference, average = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
@@ -77,7 +78,7 @@ def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, stride: int):
 
     adam = torch.optim.Adam(reference.parameters(), lr=options.lr)
     losses, seen = [], []
-    iterates = []
+    iterates, norms = [], []
     for epoch in (1, 2):
         utils.seed_epoch(options.seed, epoch)
         for batch in torch.randperm(len(images)).split(128):
@@ -87,12 +88,16 @@ def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, stride: int):
             criterion = loss_criterion(x_hat, x, logvar, mu)
             adam.zero_grad()
             (criterion - 0.3 * kl).backward()
+            norms.append(math.sqrt(sum((weight.grad**2).sum().item() for weight in reference.parameters())))
+            for weight in reference.parameters():
+                weight.grad *= min(1, largest_norm / norms[-1])
             adam.step()
             losses.append(criterion.item())
             seen += batch.tolist()
             iterates.append(copy.deepcopy(reference.state_dict()))
     assert sorted(seen) == sorted([*range(len(images))] * 2)
     assert torch.cat(bounds).tolist() == pytest.approx(losses)
+    assert largest_norm == math.inf or min(norms) < largest_norm < max(norms)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, reference.state_dict()[name])
 
@@ -335,6 +340,25 @@ def test_a_loss_that_explodes_leaves_the_epoch_before(batch_size: int, tmp_path:
     utils.load_checkpoint(run)
 
 
+def test_clipping_outlives_an_outlier(digits: ImageData, tmp_path: Path):
+    """Without it, one image's gradient makes Adam's second moments so large that no weight moves any more."""
+
+    class HasOutlier(VAE):
+        def log_likelihood(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return super().log_likelihood(outputs, targets) * torch.where(targets.mean(-1) == 1, 1e10, 1)
+
+    few = thinned(digits, 5)
+    images = few.train_images.clone()
+    images[0] = 255
+    data = replace(few, name="outlier", train_images=images)
+    options = {"hidden_size": 16, "latent_size": 3, "batch_size": 50, "epochs": 6, "out_dir": str(tmp_path)}
+    plain, clipped = (
+        train.train(data, HasOutlier, **options, device="cpu", clip_grad_norm=clip)[1] for clip in (None, 3000)
+    )
+    assert clipped[-1]["test_loss"] < clipped[0]["test_loss"] - 50
+    assert plain[-1]["test_loss"] > plain[0]["test_loss"] - 50
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves
 
@@ -435,6 +459,7 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--encoder-layers", "1001"], "--encoder-layers"),
         (["--decoder-layers", "1001"], "--decoder-layers"),
         (["--adam-eps", "inf"], "--adam-eps"),
+        (["--clip-grad-norm", "0"], "--clip-grad-norm"),
         (["--epoch", "3"], "--epoch"),
         (["stray"], "stray"),
     ],
@@ -686,6 +711,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         {"binarize": "none"},
         {"binarize": "threshold"},
         {"adam_eps": 1.0},
+        {"clip_grad_norm": 500.0},
         {"average": False},
         {"objective": "iwae"},
         {"objective": "iwae", "importance_samples": 3},
