@@ -657,7 +657,7 @@ def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: 
     if not all(map(math.isfinite, losses)):  # the first is the mean of neg_elbos
         bad = (~torch.isfinite(neg_elbos)).nonzero().flatten().tolist()
         step = f"step {bad[0] + 1}" if bad else "the test after its last step"
-        cause = "the steps are likely too large: try a smaller --lr"
+        cause = "the steps are likely too large: try a smaller --lr, or --clip-grad-norm"
         kept = f". {run} holds epoch {epoch - 1}" if epoch > 1 else ""
         raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}{kept}")
 

@@ -59,6 +59,8 @@ def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: 
         bce, kl = model.given(labels[batch]).elbo_terms(inputs, targets)
         adam.zero_grad()
         (bce + kl_weight * kl).sum().backward()
+        if options.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
         adam.step()
         return (bce + kl).sum().detach()
 
