@@ -245,11 +245,12 @@ def matmul_precision(name: str | None, device: str | torch.device) -> Iterator[N
     """Of matrix products: highest or medium, as torch.set_float32_matmul_precision calls them, or bfloat16 (autocast).
 
     None leaves it as it is, and medium rounds the factors of float32 products to bfloat16 or TF32, on a CPU or GPU that
-    has units for those.
+    has units for those. Steps of training may follow each other within: autocast's cache of rounded weights, which
+    would keep those of the first step, is off.
     """
     before, autocast = torch.get_float32_matmul_precision(), contextlib.nullcontext()
     if name == "bfloat16":
-        name, autocast = "highest", torch.autocast(torch.device(device).type, torch.bfloat16)
+        name, autocast = "highest", torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False)
     torch.set_float32_matmul_precision(name or before)
     try:
         with autocast:

@@ -670,6 +670,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "importance_samples": 1,
         "elbo_epochs": 0,
         "adam_eps": 1e-6,
+        "clip_grad_norm": 1e4,
         "average": False,
         "compile": False,
         "precision": "highest",
