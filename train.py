@@ -393,6 +393,7 @@ def flush_denormals() -> None:
 # The training loop
 
 
+@utils.interrupts_held()
 def _fit(
     average: VAE,
     checkpoint: dict[str, Any],
@@ -622,9 +623,9 @@ def train_epoch(
     neg_elbos = torch.empty(len(batches), device=images.device)  # stay there until the epoch ends
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     model.train()
-    with utils.matmul_precision(options.precision, images.device), utils.interrupts_held() as let_interrupts_through:
+    with utils.matmul_precision(options.precision, images.device):
         for i, batch in enumerate(batches):
-            let_interrupts_through()
+            utils.let_interrupts_through()
             neg_elbos[i] = step(batch[rank::ranks], rates[i])
             if options.average and i % stride == 0:
                 update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)

@@ -141,31 +141,36 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Holds back Ctrl-C and SIGTERM until the end, or until what this yields is called.
+_pending: list[Callable[[], Any]] = []  # what the signals that are held back would do
 
-    An exception that they raise while PyTorch checks whether a compiled function fits its arguments is lost, or ends in
-    another. Only Python's main thread gets signals: in any other this does nothing.
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Holds back Ctrl-C and SIGTERM until the end, or until let_interrupts_through is called.
+
+    What they raise in the middle of a library may be lost there, or end in another exception: PyTorch takes it for a no
+    where it checks whether a compiled function fits its arguments, and tqdm releases a lock that it has not got. Only
+    Python's main thread gets signals: in any other this does nothing.
     """
-    pending: list[tuple[int, Any]] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     in_main_thread = threading.current_thread() is threading.main_thread()
     held = {number: handler for number, handler in handlers.items() if callable(handler) and in_main_thread}
-
-    def let_through() -> None:
-        while pending:
-            number, frame = pending.pop(0)
-            held[number](number, frame)
-
-    for number in held:
-        signal.signal(number, lambda *args: pending.append(args))
+    for number, handler in held.items():
+        signal.signal(number, lambda *args, handler=handler: _pending.append(functools.partial(handler, *args)))
     try:
-        yield let_through
+        yield
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
-        let_through()
+        let_interrupts_through()
+
+
+def let_interrupts_through() -> None:
+    """Does what the first signal that is held back would have done, if there is one."""
+    if _pending:
+        first, *_ = _pending
+        _pending.clear()
+        first()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

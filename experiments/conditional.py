@@ -46,6 +46,7 @@ class ConditionalVAE(VAE):
         return super().outputs(torch.cat([z, self.labels.expand(*z.shape[:-1], -1)], -1))
 
 
+@utils.interrupts_held()
 def fit(model: ConditionalVAE, dataset: ImageData, options: train.Options, run: Path) -> ConditionalVAE:
     """Trains the model -> the running average of its weights, which is saved after each epoch."""
     device = next(model.parameters()).device

@@ -70,6 +70,13 @@ def wait_for_an_epoch(out_dir: Path) -> None:
         time.sleep(0.01)
 
 
+def lose_signals() -> None:
+    """As a library does that takes any exception for an answer of its own."""
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+
 def heed_ctrl_c() -> None:
     """What a shell starts in the background ignores it, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -130,9 +137,7 @@ def test_a_signal_is_not_lost_in_a_step(tmp_path: Path, monkeypatch: pytest.Monk
 
     def step(batch: Tensor, rate: Tensor) -> Tensor:
         rates.append(rate)
-        with contextlib.suppress(BaseException):
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
+        lose_signals()
         return torch.zeros(())
 
     monkeypatch.setattr(train, "prepare_step", lambda *args: (step, False))
@@ -142,6 +147,17 @@ def test_a_signal_is_not_lost_in_a_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert caught.value.code == 143
     assert len(rates) == 1
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("place", ["compute_test_losses", "save", "epoch_line", "prepare_step"])
+def test_a_signal_is_not_lost_between_epochs(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    function = getattr(train, place)
+    monkeypatch.setattr(train, place, lambda *args: (lose_signals(), function(*args))[1])
+    with pytest.raises(SystemExit) as caught:
+        utils.command(train.train)(**OPTIONS, epochs=9, out_dir=str(tmp_path))
+    assert caught.value.code == 143
+    assert capsys.readouterr().out.count("epoch ") <= 1
 
 
 @pytest.mark.usefixtures("small")
