@@ -337,7 +337,7 @@ def choose_how(options: Options, num_images: int) -> Options:
 
 
 def keep_how(options: Options) -> Options:
-    """choose_how for a run that is resumed: as before, save that a CPU without units for bfloat16 does without."""
+    """choose_how for a run that is resumed: as before, except on a CPU without units for bfloat16."""
     precision = options.precision or "medium"  # as it was before there was a choice
     if precision == "bfloat16" and utils.choose_device(options.device).type == "cpu" and not utils.bfloat16_units():
         precision = "medium"

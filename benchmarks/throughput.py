@@ -290,7 +290,7 @@ TRICKS: dict[str, Patches] = {
     "that, and Adam in one pass over each weight (fused)": [*NOT_COMPILED, (torch.optim, "Adam", unfused)],
     "matrix products in the fastest precision": [(utils, "choose_precision", lambda *_: "highest")],
     "16 random bits a pixel, not 32": [(module, "draw_bits", draw_floats) for module in (data, train)],
-    "weights averaged 50 times an epoch": [(train, "AVERAGES_PER_EPOCH", 10**9)],
+    "weights averaged 50 times per epoch": [(train, "AVERAGES_PER_EPOCH", 10**9)],
     "a CUDA graph": [(utils, "CudaGraph", lambda function: function)],
 }
 
@@ -369,7 +369,7 @@ def draw_scaling(sizes: dict[str, Any], seconds: dict[str, dict[str, list[float]
     from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    figure.suptitle(f"Seconds an epoch: {title}, but for the size on each axis", fontsize=10)
+    figure.suptitle(f"Seconds per epoch: {title}, but for the size on each axis", fontsize=10)
     labels = {name: f"{name.replace('_', ' ')} (6,000 images)" for name in sizes} | {"images": "images"}
     for axes, (name, loops) in zip(figure.subplots(1, len(sizes), sharey=True), seconds.items(), strict=True):
         for (loop, durations), color in zip(loops.items(), ("#94a4a2", "#3f90da"), strict=True):
@@ -413,14 +413,14 @@ def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", nargs="?", choices=benchmarks, default="compare")
     parser.add_argument(
-        "--batch-size", type=utils.count, default=128, metavar="N", help="images a step (default: %(default)s)"
+        "--batch-size", type=utils.count, default=128, metavar="N", help="images per step (default: %(default)s)"
     )
     parser.add_argument("--hidden-size", type=utils.count, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--latent-size", type=utils.count, default=20, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--encoder-layers", type=utils.count, default=2, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--decoder-layers", type=utils.count, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="(default: %(default)s)")
-    parser.add_argument("--images", type=utils.count, metavar="N", help="images a pass (default: all)")
+    parser.add_argument("--images", type=utils.count, metavar="N", help="images per pass (default: all)")
     parser.add_argument(
         "--repeats", type=utils.count, default=3, metavar="N", help="passes of each (default: %(default)s)"
     )
