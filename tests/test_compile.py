@@ -144,6 +144,13 @@ def test_what_cannot_be_compiled_is_trained_all_the_same(
     assert all(torch.equal(value, plain[name]) for name, value in state(run).items())
 
 
+def test_any_number_of_runs_in_one_process_is_compiled(small: ImageData, tmp_path: Path, monkeypatch):
+    """PyTorch compiles one code object for up to recompile_limit different sizes, by default 8."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    runs = [trained(Ordinary, small, tmp_path, 1, batch_size=size, compile=True) for size in (100, 200)]
+    assert all(map(was_compiled, runs))
+
+
 def test_several_processes_do_not_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(utils, "rank_and_ranks", lambda: (0, 2))
     objective = train.Objective(Ordinary(), options := train.Options(compile=True))
