@@ -1,7 +1,7 @@
 """Trains recipes and prints a row of the README's results table for each.
 
     python benchmarks/likelihood.py original five-minutes
-    python benchmarks/likelihood.py burda2016 --epochs 364 --after 40 121      # a row after each of these epochs too
+    python benchmarks/likelihood.py burda2016 --epochs 364 --after 40 121   # a row after each of these epochs too
 
 Other options than those below go to train.py.
 """

@@ -239,7 +239,7 @@ def test_bfloat16_rounds_products_and_nothing_else():
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_bfloat16_follows_the_weights_as_they_change(compile: bool, small: ImageData, tmp_path: Path):
-    """Losses stay float32's, but for rounding, while they halve: no step works with weights rounded in an earlier."""
+    """Losses stay float32's, but for rounding, while they halve: no step uses weights rounded in an earlier one."""
     precisions = ("bfloat16", "highest")
     run, reference = (trained(Ordinary, small, tmp_path, 6, precision=name, compile=compile) for name in precisions)
     assert_same_losses(run, reference)
