@@ -14,10 +14,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def vae(pretrained: str | None = None, **kwargs: int | str) -> VAE:
-    """A VAE: the arguments are those of model.VAE, and so are their defaults.
+    """A VAE with the arguments of model.VAE, or a trained one in eval mode.
 
-    pretrained is the name of a file in weights/, such as "default", which says what the arguments would. The model is
-    in eval mode then. Raises UserError where there is no such file.
+    pretrained is the name of a file in weights/, such as "default", and the only argument then. Raises UserError if
+    there is no such file.
     """
     if not pretrained:
         return VAE(**kwargs)
@@ -28,11 +28,10 @@ def vae(pretrained: str | None = None, **kwargs: int | str) -> VAE:
 
 
 def load(path: str | Path) -> tuple[VAE, dict[str, Any]]:
-    """utils.load_checkpoint for the experiments' model too of which there are weights."""
+    """Does what utils.load_checkpoint does, also for a VampVAE."""
     checkpoint, model = utils.read_checkpoint(path), None
     if checkpoint.get("class", "VAE").endswith("VampVAE"):
-        from experiments.vampprior import VampVAE  # which needs more packages than the VAE
+        from experiments.vampprior import VampVAE  # needs more packages than the VAE
 
-        num_pseudo_inputs = len(checkpoint["model_state_dict"].get("pseudo_inputs", ()))
-        model = VampVAE(num_pseudo_inputs=num_pseudo_inputs, **checkpoint["model"])
+        model = VampVAE(**checkpoint["model"])
     return utils.load_checkpoint(path, model)

@@ -4,9 +4,9 @@
     python experiments/gray.py --resume RUN --nll-samples 5000
 
 Cross-entropy with gray targets is no likelihood: p^x (1 - p)^(1 - x) does not integrate to 1 over x in [0, 1]. The
-continuous Bernoulli is that, divided by its integral. Its density has no bound where x is 0 or 1, as most of MNIST is,
-so the likelihood here is its integral over each of the 256 gray levels: a probability, whose figures compare with those
-of any other model of 8-bit images.
+continuous Bernoulli divides it by its integral. Its density is unbounded where x is 0 or 1, as most of MNIST is, so
+this is its integral over each of the 256 gray levels: a probability, which compares with that of any other model of
+8-bit images.
 """
 
 import math
@@ -17,40 +17,48 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, Independent, constraints
 
 import train
 from model import VAE
 
 
-class GrayVAE(VAE):
-    """A VAE of pixels in 0, 1/255, ..., 1: given logits l, the density at x is proportional to exp(l x)."""
+class GrayLevels(Distribution):
+    """Pixels in 0, 1/255, ..., 1; the continuous Bernoulli's density at x is proportional to exp(logit * x)."""
 
     support = constraints.unit_interval
 
-    def is_likelihood(self, targets: Tensor) -> bool:
-        """Not of black and white pixels only, as --binarize dynamic has them: of those, a Bernoulli's would be."""
-        return super().is_likelihood(targets) and not VAE.support.check(targets).all()
+    def __init__(self, logits: Tensor):
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=False)
 
-    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """log p(x|z): the sum over pixels of log P(b), b = 255 x, where P(b) is proportional to exp(l b / 256).
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log P(level), where P(level) is proportional to exp(logit * level / 256).
 
-        With a = |l| and d the levels from b to the likelier end, it is log of exp(-a d / 256) times
-        (1 - exp(-a / 256)) / (1 - exp(-a)), which is stable for all l; near 0, its series.
+        With a = |logit| and d the levels from x to the likelier end, it is the logarithm of exp(-a d / 256) times
+        (1 - exp(-a / 256)) / (1 - exp(-a)), which is stable for all logits; near 0, its series.
         """
-        a = outputs.abs()
-        levels = 255 * torch.where(outputs < 0, targets, 1 - targets)
+        a = self.logits.abs()
+        levels = 255 * torch.where(self.logits < 0, x, 1 - x)
         is_small = a < 0.05
-        large = torch.where(is_small, 1.0, a)  # else the gradient of 0 / 0, which is not taken, would be NaN
+        large = torch.where(is_small, 1.0, a)  # otherwise the branch not taken has the gradient of 0 / 0
         log_ratio = torch.log(torch.expm1(-large / 256) / torch.expm1(-large))
         series = -math.log(256) + 255 / 512 * a - (1 - 256**-2) / 24 * a**2
-        return (torch.where(is_small, series, log_ratio) - a * levels / 256).sum(-1)
+        return torch.where(is_small, series, log_ratio) - a * levels / 256
 
-    def mean(self, outputs: Tensor) -> Tensor:
-        """E[x|z] = 1/2 + 1 / (2 tanh(l / 2)) - 1 / l, the density's mean: nearer to 1/2 than sigmoid(l)."""
-        is_small = outputs.abs() < 0.05
-        logits = torch.where(is_small, 1.0, outputs)
-        return 0.5 + torch.where(is_small, outputs / 12, 0.5 / torch.tanh(0.5 * logits) - 1 / logits)
+    @property
+    def mean(self) -> Tensor:
+        """1/2 + 1 / (2 tanh(logit / 2)) - 1 / logit, the density's mean: nearer to 1/2 than sigmoid(logit)."""
+        is_small = self.logits.abs() < 0.05
+        logits = torch.where(is_small, 1.0, self.logits)
+        return 0.5 + torch.where(is_small, self.logits / 12, 0.5 / torch.tanh(0.5 * logits) - 1 / logits)
+
+
+class GrayVAE(VAE):
+    """A VAE of gray pixels."""
+
+    def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        return Independent(GrayLevels(self.decoder.logits(z).float()), 1)
 
 
 if __name__ == "__main__":

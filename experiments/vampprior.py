@@ -6,21 +6,50 @@
 
 N(0, I) is not where the encoder puts the images: it leaves holes, and pays for them. This prior is
 p(z) = 1/K sum_k q(z|u_k) (eq. 9), with K pseudo-inputs u_k that start as training images and are learned like weights.
-Only log_prior and sample_prior are overridden; the KL, which has no closed form now, is estimated from the draw of z.
+Its KL has no closed form, so it is estimated from the draw of z.
 """
 
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 import train
 from data import ImageData
-from model import VAE
+from model import VAE, DiagonalNormal
+
+
+class Mixture(Distribution):
+    """The mixture of K DiagonalNormals (K, latent_size) with equal weights."""
+
+    def __init__(self, components: DiagonalNormal):
+        self.components = components
+        super().__init__((), components.event_shape, validate_args=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(..., latent_size) -> (...).
+
+        sum (z - mu)^2 / var is multiplied out, so that matrix products compute it without a tensor of (..., K,
+        latent_size). In float64, because training rounds the factors of float32 products, which would cost whole nats.
+        """
+        exact = torch.float32 if z.device.type == "mps" else torch.float64  # mps has no float64
+        logvar, mu, x = (values.to(exact) for values in (self.components.logvar, self.components.mu, z))
+        precision = torch.exp(-logvar)
+        squares = x**2 @ precision.T - 2 * x @ (mu * precision).T + (mu**2 * precision).sum(-1)
+        log_posteriors = -0.5 * (squares + (logvar + math.log(2 * math.pi)).sum(-1))
+        return log_posteriors.to(z.dtype).logsumexp(-1) - math.log(len(mu))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
+        """(*sample_shape, latent_size): draws from components that are drawn themselves."""
+        k = torch.randint(len(self.components.mu), sample_shape, device=self.components.mu.device)
+        return DiagonalNormal(self.components.mu[k], self.components.logvar[k]).rsample()
 
 
 class VampVAE(VAE):
@@ -28,34 +57,14 @@ class VampVAE(VAE):
 
     def __init__(self, input_size: int = 784, num_pseudo_inputs: int = 500, **sizes: int | str):
         super().__init__(input_size, **sizes)
+        self.config["num_pseudo_inputs"] = num_pseudo_inputs
         self.pseudo_inputs = nn.Parameter(torch.rand(num_pseudo_inputs, input_size))
 
-    def components(self) -> tuple[Tensor, Tensor]:
-        """logvar and mu of the mixture's components, each (K, latent_size)."""
-        _, logvar, mu = self.encode(self.pseudo_inputs.clamp(0, 1))
-        return logvar, mu
-
-    def log_prior(self, z: Tensor) -> Tensor:
-        """log p(z): (..., latent_size) -> (...), in nats.
-
-        sum (z - mu)^2 / var is multiplied out, so that matrix products do it without a tensor of (..., K, latent_size);
-        in float64, since training rounds the factors of float32 products, which here would cost whole nats.
-        """
-        exact = torch.float32 if z.device.type == "mps" else torch.float64  # which has no float64
-        logvar, mu, x = (values.to(exact) for values in (*self.components(), z))
-        precision = torch.exp(-logvar)
-        squares = x**2 @ precision.T - 2 * x @ (mu * precision).T + (mu**2 * precision).sum(-1)
-        log_posteriors = -0.5 * (squares + (logvar + math.log(2 * math.pi)).sum(-1))
-        return log_posteriors.to(z.dtype).logsumexp(-1) - math.log(len(mu))
-
-    def sample_prior(self, n: int) -> Tensor:
-        """(n, latent_size): draws from components that are drawn themselves."""
-        logvar, mu = self.components()
-        k = torch.randint(len(mu), (n,), device=mu.device)
-        return mu[k] + torch.exp(0.5 * logvar[k]) * torch.randn_like(mu[k])
+    def prior(self, y: Tensor | None = None) -> Distribution:
+        return Mixture(self.posterior(self.pseudo_inputs.clamp(0, 1)))
 
 
-def make_model(dataset: ImageData, options: train.Options) -> VAE:
+def make_model(dataset: ImageData, options: Namespace) -> VAE:
     model = train.make_vae(dataset, options, VampVAE)
     chosen = torch.randint(len(dataset.train_images), (len(model.pseudo_inputs),))
     model.pseudo_inputs.data = dataset.train_images[chosen].flatten(1) / 255
