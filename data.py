@@ -70,7 +70,7 @@ class ImageData:
     def hold_out(self, n: int) -> "ImageData":
         """Puts the last n training images in the test set's place, to choose settings on.
 
-        If the images are stored class by class, takes the last n of a fixed shuffle. Changes nothing if n is 0 or n
+        If they are sorted by label, takes the last n of a fixed shuffle instead. Changes nothing if n is 0 or n
         images are held out already. Raises UserError unless at least two images are held out and two are left.
         """
         if n == self.num_held_out:
@@ -89,7 +89,7 @@ class ImageData:
         """CRC-32 of the images and their shapes, which detects changed data."""
         checksum = 0
         for images in (self.train_images, self.test_images):
-            checksum = zlib.crc32(repr(tuple(images.shape)).encode(), checksum)
+            checksum = zlib.crc32(repr(tuple(images.squeeze(1).shape)).encode(), checksum)
             checksum = zlib.crc32(images.cpu().contiguous().numpy(), checksum)
         return checksum
 
@@ -100,9 +100,9 @@ def load_dataset(
     """Loads one of DATASETS, a folder of pictures or an .npz file.
 
     torchvision downloads into data_dir what is missing there. "auto" is mnist, or mnist-5k after a warning if mnist is
-    unavailable. Pictures from a folder become square, image_size wide (28 by default). With hold_out, the last so many
-    training images take the test set's place, and the test set is not read. Raises UserError for a damaged file or an
-    unknown name, DataUnavailable for a failed download.
+    unavailable. Pictures from a folder become square, image_size wide (28 by default). With hold_out, the last
+    hold_out training images take the test set's place, and the test set is not read. Raises UserError for a damaged
+    file or an unknown name, DataUnavailable for a failed download.
     """
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
@@ -123,7 +123,7 @@ def load_dataset(
 
 
 def _load(name: str, data_dir: Path, image_size: int, with_test_set: bool) -> ImageData:
-    """Without a test set, the training images of torchvision's data sets stand in its place."""
+    """Does load_dataset's work in one process. Without a test set, torchvision's training images stand in its place."""
     if name not in DATASETS:
         return _load_path(Path(name), image_size)
     if data_dir.exists() and not data_dir.is_dir():
@@ -201,11 +201,11 @@ def _damaged(name: str, data_dir: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images of one's own
+# Your own images
 
 
 def _load_path(path: Path, image_size: int) -> ImageData:
-    """Uses a folder's train and test folders if it has both. Else puts about a tenth of the images aside to test on."""
+    """Uses a folder's train and test folders if it has both. Otherwise sets about a tenth of the images aside."""
     if path.is_dir() and (path / "train").is_dir() and (path / "test").is_dir():
         name = path.resolve().name
         classes, _, *train = _read_folder(path / "train", name, image_size)
@@ -225,8 +225,8 @@ def _load_path(path: Path, image_size: int) -> ImageData:
             f"--dataset {path} {what}: choose from {', '.join(DATASETS)}, a folder of images or an .npz file"
         )
     if len(images) < 4:
-        raise UserError(f"{path} holds {len(images)} images: training and testing need two each, at least")
-    # By each image's name, or its place in the file, so that none changes sides when others are added
+        raise UserError(f"{path} holds {len(images)} images: training and testing need at least two each")
+    # Split by a hash of the name (in an .npz file, of the index), so that no image changes sides when others are added
     hashes = torch.tensor([zlib.crc32(key.encode()) for key in keys])
     is_test = hashes % 10 == 0
     if is_test.sum() < 2:  # among very few images
@@ -276,7 +276,7 @@ def _to_gray_square(picture: Any, size: int) -> np.ndarray:
     if picture.mode.startswith("I;16"):  # PIL would clip at 255
         picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits, which do not say what white is")
+        raise ValueError("its pixels have 32 bits, with no fixed value for white")
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return np.array(ImageOps.fit(picture.convert("L"), (size, size)))
@@ -312,14 +312,14 @@ def binarize(
     """Turns uint8 images into float input and target, both in [0, 1] and of the same shape.
 
     dynamic: both are one Bernoulli sample with the gray values as probabilities (Burda et al. 2016), from the generator
-    or from bits that draw_bits made. threshold: gray input, target gray > 0.5. none: both gray, of which the Bernoulli
-    is no likelihood. Raises ValueError for another mode, and UserError as check_bytes does.
+    or from bits that draw_bits made. threshold: gray input, target gray > 0.5. none: both gray, for which a Bernoulli
+    is not a likelihood. Raises ValueError for another mode, and UserError as check_bytes does.
     """
     check_bytes(images, "images")
     if mode == "dynamic":
         uniform = (draw_bits(images.shape, images.device, generator) if bits is None else bits) + 2.0**15
         sample = torch.empty(images.shape, device=images.device)
-        torch.lt(uniform, images * (2**16 / 255), out=sample)  # black and white never change
+        torch.lt(uniform, images * (2**16 / 255), out=sample)  # 0 is never on, and 255 always
         return sample, sample
     gray = images / 255
     if mode == "threshold":
@@ -330,10 +330,10 @@ def binarize(
 
 
 def check_bytes(images: Any, what: str) -> None:
-    """Raises UserError unless images are a tensor of bytes. Other types do not say what white is."""
+    """Raises UserError unless images are a tensor of bytes. Other types have no fixed value for white."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        how = "of x from 0 to 1, take torch.as_tensor(255 * x).round().to(torch.uint8)"
+        how = "for x in [0, 1], use torch.as_tensor(255 * x).round().to(torch.uint8)"
         raise UserError(f"{what} must be a tensor of bytes from 0 to 255 (torch.uint8), not {kind}: {how}")
 
 
@@ -347,7 +347,7 @@ def draw_bits(shape: torch.Size, device: torch.device, generator: torch.Generato
 
 
 def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Binarizes with one fixed sample, the same in every run and on every device, so that figures compare.
+    """Binarizes with one fixed sample, the same in every run and on every device, so that results are comparable.
 
     (N, ...) uint8 -> input and target (N, ...), on the device of the images.
     """

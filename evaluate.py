@@ -34,18 +34,18 @@ NLL_SAMPLES = 100
 BLUE, ORANGE, GRAY = "#3f90da", "#ffa90e", "#94a4a2"
 
 
-class TestSet(NamedTuple):
-    """What a model is tested on: the binarized images, and their labels."""
+class Examples(NamedTuple):
+    """Binarized images to test a model on, and their labels."""
 
     inputs: Tensor  # (N, C, H, W) in [0, 1], for the encoder
     targets: Tensor  # of the same shape, for the likelihood
     labels: Tensor  # (N,) int64
 
 
-def make_test_set(dataset: ImageData, binarization: str, device: torch.device | str = "cpu") -> TestSet:
+def make_test_set(dataset: ImageData, binarization: str, device: torch.device | str = "cpu") -> Examples:
     """The test images of a data set in their one fixed binarization."""
     images, labels = dataset.test_images.to(device), dataset.test_labels.to(device)
-    return TestSet(*binarize_test_set(images, binarization), labels)
+    return Examples(*binarize_test_set(images, binarization), labels)
 
 
 def in_eval_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,16 +70,16 @@ def in_eval_mode(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @in_eval_mode
-def elbo_terms(model: VAE, test_set: TestSet, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
-    """The negative ELBO's terms, with one z for each image: the reconstruction's and the KL, each (N,)."""
+def elbo_terms(model: VAE, test_set: Examples, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+    """The negative ELBO's terms, with one z for each image: reconstruction and KL, each (N,)."""
     batches = zip(*(part.split(batch_size) for part in test_set), strict=True)
     reconstructions, kls = zip(*(model.elbo_terms(*batch) for batch in batches), strict=True)
     return torch.cat(reconstructions), torch.cat(kls)
 
 
 @in_eval_mode
-def posterior_means(model: VAE, test_set: TestSet, batch_size: int = 1000) -> tuple[Tensor, Tensor | None]:
-    """The means of q(z|x) and the KL by latent, each (N, latent_size). The KL is None where kl_by_latent is."""
+def posterior_means(model: VAE, test_set: Examples, batch_size: int = 1000) -> tuple[Tensor, Tensor | None]:
+    """The means of q(z|x) and the KL by latent, each (N, latent_size). The KL is None where it has no closed form."""
     means, kls = [], []
     for x, y in zip(test_set.inputs.split(batch_size), test_set.labels.split(batch_size), strict=True):
         q = model.posterior(x, y)
@@ -90,7 +90,7 @@ def posterior_means(model: VAE, test_set: TestSet, batch_size: int = 1000) -> tu
 
 @in_eval_mode
 def estimate_nll(
-    model: VAE, test_set: TestSet, num_samples: int = NLL_SAMPLES, seed: int = 0, batch_size: int = 50
+    model: VAE, test_set: Examples, num_samples: int = NLL_SAMPLES, seed: int = 0, batch_size: int = 50
 ) -> Tensor:
     """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,), in nats.
 
@@ -113,8 +113,8 @@ def estimate_nll(
 
 
 @in_eval_mode
-def is_likelihood(model: VAE, test_set: TestSet) -> bool:
-    """Whether all targets are in the support of p(x|z). A Bernoulli's is black and white pixels, but not gray ones."""
+def is_likelihood(model: VAE, test_set: Examples) -> bool:
+    """Whether all targets are in the support of p(x|z). A Bernoulli's holds 0 and 1 but no gray."""
     likelihood = model.likelihood(model.posterior(test_set.inputs[:1], test_set.labels[:1]).mean, test_set.labels[:1])
     return bool(likelihood.support.check(test_set.targets.flatten(1)).all())
 
@@ -145,7 +145,7 @@ def evaluate(
         raise UserError(f"nll_samples must be 1 or more, not {nll_samples}")
     device = next(model.parameters()).device
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-    test_set = TestSet(*binarize_test_set(images.to(device), binarize), labels.to(device))
+    test_set = Examples(*binarize_test_set(images.to(device), binarize), labels.to(device))
     torch.manual_seed(seed)
     reconstruction, kl = elbo_terms(model, test_set)
     means, by_latent = posterior_means(model, test_set)
@@ -177,8 +177,8 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 @in_eval_mode
-def draw_reconstructions(model: VAE, dataset: ImageData, test_set: TestSet, caption: str) -> Figure:
-    """Ten test images, of as many classes as there are, with the encoder's input and the reconstructions."""
+def draw_reconstructions(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
+    """Ten test images, of as many different classes as possible, with the encoder's input and the reconstructions."""
     chosen = in_turn(dataset.test_labels.tolist(), 10)
     inputs, y = test_set.inputs[chosen], test_set.labels[chosen]
     images = dataset.test_images[chosen].to(inputs.device) / 255
@@ -192,7 +192,7 @@ def draw_reconstructions(model: VAE, dataset: ImageData, test_set: TestSet, capt
 
 @in_eval_mode
 def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int = 0) -> Figure:
-    """The decoded means of a hundred draws of the prior, the same ones for a seed. Each row has one label."""
+    """The decoded means of a hundred draws of the prior, the same for the same seed. Each row has one label."""
     device = next(model.parameters()).device
     y = torch.arange(10, device=device).repeat_interleave(10) % len(dataset.classes)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -202,7 +202,7 @@ def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int =
 
 
 @in_eval_mode
-def draw_interpolations(model: VAE, dataset: ImageData, test_set: TestSet, caption: str) -> Figure:
+def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
     """Straight walks in latent space between test images' posterior means, of different classes if there are any."""
     ends = in_turn(dataset.test_labels.tolist(), 10, backwards=True)
     half, steps = max(1, len(ends) // 2), 11
@@ -220,7 +220,7 @@ def draw_interpolations(model: VAE, dataset: ImageData, test_set: TestSet, capti
     return figure
 
 
-def draw_latent_space(model: VAE, dataset: ImageData, test_set: TestSet, caption: str) -> Figure:
+def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
     """The test images' posterior means, coloured by class; above two latents, their first two principal components."""
     means = posterior_means(model, test_set)[0].float().cpu()
     labels, classes = test_set.labels.cpu(), [verbatim(name) for name in dataset.classes]
@@ -247,7 +247,7 @@ def draw_latent_space(model: VAE, dataset: ImageData, test_set: TestSet, caption
     return figure
 
 
-def draw_latent_usage(model: VAE, test_set: TestSet, caption: str) -> Figure:
+def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> Figure:
     """The mean KL of each latent over the test images, sorted. Raises ValueError where it has no closed form."""
     means, kl = posterior_means(model, test_set)
     if kl is None:
@@ -280,7 +280,7 @@ def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20)
 
 @in_eval_mode
 def decode_manifold(model: VAE, steps: int) -> tuple[Tensor, tuple[list[float], list[float]]]:
-    """The tiles of draw_manifold (steps * steps, D), row by row, and their z_1 to the right and z_2 downwards.
+    """The tiles of draw_manifold (steps * steps, D), row by row, and the z_1 of each column and z_2 of each row.
 
     The quantiles are exact for a DiagonalNormal, and otherwise those of 10,000 draws. A model that uses labels gets the
     first one.
@@ -382,9 +382,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     utils.write_atomically(path, buffer.getvalue())
 
 
-def draw_all(model: VAE, dataset: ImageData, test_set: TestSet, caption: str) -> Iterator[tuple[str, Figure]]:
-    """The file name and figure of each picture that such a model has."""
-    means, kl = posterior_means(model, TestSet(*(part[:2] for part in test_set)))
+def draw_all(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Iterator[tuple[str, Figure]]:
+    """The file name and figure of each picture that applies to this model."""
+    means, kl = posterior_means(model, Examples(*(part[:2] for part in test_set)))
     yield "reconstructions.png", draw_reconstructions(model, dataset, test_set, caption)
     yield "prior_samples.png", draw_prior_samples(model, dataset, caption)
     yield "interpolations.png", draw_interpolations(model, dataset, test_set, caption)
@@ -396,7 +396,9 @@ def draw_all(model: VAE, dataset: ImageData, test_set: TestSet, caption: str) ->
 
 
 def _new_figure(columns: float, rows: float, title: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(max(5, 0.5 * columns + 1.6), 0.5 * rows + 1), layout="constrained")  # for the title too
+    figure = Figure(
+        figsize=(max(5, 0.5 * columns + 1.6), 0.5 * rows + 1), layout="constrained"
+    )  # wide enough for the title
     axes = figure.subplots()
     axes.set_title(verbatim(title), fontsize=10)
     return figure, axes
@@ -418,32 +420,34 @@ def evaluate_run(
     seed: int = 0,
     hold_out: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures -> metrics.
+    """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures.
 
-    A checkpoint of a subclass of VAE needs such a model. dataset, binarize and hold_out (0: the test set) default to
-    the run's, whose images must not have changed. If a data set is named, hold_out defaults to 0. out_dir is the run
-    folder, or a folder FILE for a checkpoint FILE.pt. Raises UserError for a bad value or file, and OSError.
+    Returns the metrics. A checkpoint of a subclass of VAE needs a `model` of that class. dataset, binarize and hold_out
+    (0: the test set) default to the run's, whose images must not have changed. If a data set is named, hold_out
+    defaults to 0. out_dir is the run folder, or a folder FILE for a checkpoint FILE.pt. Raises UserError for a bad
+    value or file, and OSError.
     """
     device, path = utils.choose_device(device), utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path, model)
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = binarize or options.get("binarize", "dynamic")
+    if binarize not in BINARIZE:
+        raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
+    is_the_runs = dataset is None and hold_out is None
+    if hold_out is None:
+        hold_out = 0 if isinstance(dataset, str | Path) else options.get("hold_out", 0)
     if isinstance(dataset, ImageData):
-        held_out = options.get("hold_out", 0) if hold_out is None else hold_out
-        dataset = dataset.hold_out(held_out or dataset.num_held_out)
+        dataset = dataset.hold_out(hold_out or dataset.num_held_out)
     else:
         name = str(dataset or options.get("dataset", "auto"))
         is_folder = name not in DATASETS and Path(name).is_dir()
         image_size = math.isqrt(model.config["input_size"]) if is_folder else None
-        default = options.get("hold_out", 0) if dataset is None else 0
-        loaded = load_dataset(name, data_dir, image_size, default if hold_out is None else hold_out)
-        if dataset is None and hold_out is None:
-            check_same_images(checkpoint, loaded, path)
-        dataset = loaded
+        dataset = load_dataset(name, data_dir, image_size, hold_out)
     check_images(model, dataset)
+    if is_the_runs:
+        check_same_images(checkpoint, dataset, path)
     # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
-    beside = path.with_suffix("") if path.name != "checkpoint.pt" else path.parent
-    out_dir = Path(out_dir or beside)
+    out_dir = Path(out_dir or (path.parent if path.name == "checkpoint.pt" else path.with_suffix("")))
     out_dir.mkdir(parents=True, exist_ok=True)
 
     model = model.to(device)
@@ -461,26 +465,26 @@ def evaluate_run(
 def check_images(model: VAE, dataset: ImageData) -> None:
     """Raises UserError if the model is for images of another size."""
     if model.config["input_size"] != dataset.input_size:
-        sizes = f"{model.config['input_size']} values each, those of {dataset.name} have {dataset.input_size}"
-        raise UserError(f"the model is for other images: of {sizes}")
+        sizes = f"{model.config['input_size']} values each, but those of {dataset.name} have {dataset.input_size}"
+        raise UserError(f"the model is for other images: it expects {sizes}")
 
 
 def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
     """Raises UserError if a run was trained on other images, perhaps on those it would be tested on now."""
     if checkpoint.get("checksum", checksum := dataset.checksum()) != checksum:
-        how = "give it its own; evaluate.py takes others by --dataset, and evaluate_run by dataset"
-        raise UserError(f"{path} is of other images than those that {dataset.name} holds now: {how}")
+        how = "pass its own data, or evaluate it on another data set by naming one (--dataset)"
+        raise UserError(f"{path} was trained on other images than those now in {dataset.name}: {how}")
 
 
 def print_metrics(metrics: dict[str, Any], title: str) -> None:
     """Prints what evaluate returns."""
     print(f"{title}; {metrics['num_images']:,} {'held-out' if metrics.get('hold_out') else 'test'} images")
     if metrics["nll"] is None:
-        print("These figures are not likelihoods: the targets are outside the likelihood's support (gray, perhaps)")
+        print("These figures are not likelihoods: some targets are outside the likelihood's support (gray pixels, say)")
     print(f"  neg_elbo        {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
     print(f"    reconstruction{metrics['reconstruction']:8.2f}")
     if metrics["kl_per_latent"] is None:
-        print(f"    kl            {metrics['kl']:8.2f}, from one draw per image: it has no closed form by latent")
+        print(f"    kl            {metrics['kl']:8.2f}, estimated from one draw per image (no closed form available)")
     else:
         print(f"    kl            {metrics['kl']:8.2f}, by latent, sorted:")
         kls = [f"{kl:5.2f}" for kl in sorted(metrics["kl_per_latent"], reverse=True)]

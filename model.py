@@ -10,15 +10,15 @@ This file holds the whole method and needs only torch, so you can copy it into a
     (reconstruction + kl).sum().backward()              # the negative ELBO, in nats
     x_hat, logvar, mu, z = vae(x)
 
-Everything follows from three distributions, so a subclass changes the model by overriding one of three methods:
+Everything follows from three distributions, so a subclass changes the model by overriding one or more of three methods:
 
-    posterior(x, y)     q(z|x), by default N(mu, diag(exp(logvar)))
-    prior(y)            p(z), by default N(0, I)
-    likelihood(z, y)    p(x|z), by default one Bernoulli for each pixel
+    posterior(x, y)     q(z|x), by default N(mu, diag(exp(logvar)))     uses rsample, log_prob, mean
+    prior(y)            p(z), by default N(0, I)                        uses sample, log_prob
+    likelihood(z, y)    p(x|z), by default one Bernoulli per pixel      uses log_prob, mean, support
 
-Each returns an object with three members of torch.distributions.Distribution: rsample, log_prob and mean. log_prob sums
-over the latents or the pixels and returns one number for each z or image. A likelihood also has support, which says
-which pixel values it is a distribution of. The labels y are passed on to all three; the VAE itself ignores them.
+Each returns a torch.distributions.Distribution with the members in the last column. log_prob sums over the latents or
+the pixels and returns one number for each z or image. The support of a likelihood is the set of valid targets. The
+labels y are passed on to all three; the VAE itself ignores them.
 
 Shapes: B images of D = input_size values, K samples of z for each. Losses and log-probabilities are in nats.
 """
@@ -36,8 +36,8 @@ ACTIVATIONS = {"relu": F.relu, "tanh": F.tanh, "silu": F.silu}
 class DiagonalNormal(Distribution):
     """N(mu, diag(exp(logvar))) over the last dimension; mu and logvar are (..., latent_size).
 
-    Normal from torch.distributions would do, but its KL is infinite where a variance underflows. Computes in float32 or
-    better, under autocast too.
+    Normal from torch.distributions would do, but its KL is infinite where a variance underflows. Computes in at least
+    float32, even under autocast.
     """
 
     support = constraints.real_vector
@@ -127,7 +127,8 @@ class VAE(nn.Module):
 
     `config` holds the arguments, so VAE(**vae.config) builds the same model. For other networks, assign modules to
     self.encoder, (B, input_size) -> (B, hidden_size), and self.decoder, whose method logits maps (..., latent_size) to
-    (..., input_size). For other distributions, override posterior, prior or likelihood.
+    (..., input_size). For other distributions, override posterior, prior or likelihood. encode returns z, logvar, mu
+    and forward x_hat, logvar, mu, z: the order of the repository that this one grew from.
     """
 
     def __init__(
@@ -182,9 +183,9 @@ class VAE(nn.Module):
     def elbo_terms(self, x: Tensor, targets: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The negative ELBO's two terms, from one draw of z: -log p(targets|z) and the KL, each (B,) (eq. 3).
 
-        The encoder sees x (B, ...); the likelihood is taken of targets (B, ...). Their sum is the negative ELBO, and
-        reconstruction + beta * kl weighs the KL (Higgins et al. 2017). With the default likelihood, the first term is
-        the binary cross-entropy, computed from logits so that no probability rounds to 0 or 1.
+        The encoder sees x (B, ...); the likelihood is evaluated at targets (B, ...). Their sum is the negative ELBO,
+        and reconstruction + beta * kl weighs the KL (Higgins et al. 2017). With the default likelihood, the first term
+        is the binary cross-entropy, computed from logits so that no probability rounds to 0 or 1.
         """
         q, p = self.posterior(self._check(x), y), self.prior(y)
         z = q.rsample()
@@ -196,7 +197,7 @@ class VAE(nn.Module):
     ) -> Tensor:
         """log p(targets|z) + log p(z) - log q(z|x) for K draws of z (Burda et al. 2016, arXiv 1509.00519, eq. 8).
 
-        q is the posterior of the images, p the prior, targets (B, ...) -> (K, B), in nats.
+        q: the images' posterior; p: the prior; targets: (B, ...). Returns (K, B), in nats.
         """
         z = q.rsample((num_samples,))
         return self.likelihood(z, y).log_prob(targets.flatten(1)) + p.log_prob(z) - q.log_prob(z)
@@ -231,7 +232,10 @@ class VAE(nn.Module):
         return self.decode(p.sample(() if p.batch_shape else (n,)), y)
 
     def _check(self, x: Tensor) -> Tensor:
-        """x, or ValueError if it is not images for this model. Values are only checked where that costs no time."""
+        """Returns x, or raises ValueError if it is not images for this model.
+
+        Values are checked only on the CPU and uncompiled, where that costs next to nothing.
+        """
         size = self.config["input_size"]
         if x.dim() < 2 or math.prod(x.shape[1:]) != size or not x.is_floating_point():
             what = f"floats of shape (B, ...) with {size} values for each image"
@@ -244,11 +248,12 @@ class VAE(nn.Module):
 
 
 def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:
-    """The negative ELBO (eq. 10) from pixel probabilities: binary cross-entropy + KL, summed over all, never averaged.
+    """The negative ELBO (eq. 10) from pixel probabilities: binary cross-entropy + KL, summed, never averaged.
 
-    inputs (B, D) as the decoder returns them, targets (B, ...) in [0, 1] with D values for each image, logvar and mu
-    (B, latent_size) -> a scalar, in nats for the whole batch. Averaging the cross-entropy over the pixels would make
-    the KL 784 times too heavy, and every reconstruction the same blob.
+    For loops of your own; train.py uses VAE.elbo_terms, which computes the same from logits. inputs (B, D) as the
+    decoder returns them, targets (B, ...) in [0, 1] with D values for each image, logvar and mu (B, latent_size) -> a
+    scalar, in nats for the whole batch. Averaging the cross-entropy over the pixels would make the KL D times too
+    heavy, and every reconstruction the same blob.
     """
     inputs, logvar, mu = _at_least_float32(inputs), _at_least_float32(logvar), _at_least_float32(mu)
     bce = F.binary_cross_entropy(inputs, targets.reshape(inputs.shape).to(inputs.dtype), reduction="sum")
@@ -258,12 +263,12 @@ def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) 
 def kl_by_latent(q: Distribution, p: Distribution) -> Tensor | None:
     """KL(q || p) in closed form (appendix B) for each latent dimension: (..., latent_size), in nats.
 
-    None unless both are DiagonalNormal, because otherwise it is not a sum over latents.
+    None unless both are DiagonalNormal. For p = N(0, I) it is -1/2 (1 + logvar - mu^2 - exp(logvar)).
     """
     if not type(q) is type(p) is DiagonalNormal:
         return None
-    log_ratio = q.logvar - p.logvar
-    return 0.5 * (log_ratio.exp() - 1 - log_ratio + (q.mu - p.mu) ** 2 * torch.exp(-p.logvar))
+    log_ratio = q.logvar - p.logvar  # expm1 is exact near 0
+    return 0.5 * (torch.expm1(log_ratio) - log_ratio + (q.mu - p.mu) ** 2 * torch.exp(-p.logvar))
 
 
 def kl_divergence(q: Distribution, p: Distribution, z: Tensor) -> Tensor:
@@ -282,5 +287,5 @@ def nll_from_log_weights(log_weights: Tensor) -> Tensor:
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    """Sums over pixels need more than the 8 bits of bfloat16. float64 stays float64."""
+    """x in at least float32, because sums over pixels need more than the 8 bits of bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

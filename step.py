@@ -1,17 +1,15 @@
 """How a training step is computed fast. A reader may skip this file, because the results are the same without it.
 
 On a CPU, torch.compile turns the whole step, from binarization to Adam, into one program. On a GPU, the step's kernels
-are recorded once as a CUDA graph and then replayed. Matrix products take the fastest precision of the hardware.
+are recorded once as a CUDA graph and then replayed. Matrix products use the fastest precision the hardware has.
 """
 
 import contextlib
-import copy
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +50,7 @@ def matmul_precision(name: str, device: str | torch.device) -> Iterator[None]:
 def choose_precision(device: torch.device, batch_size: int) -> str:
     """The fastest precision for batches of that size: bfloat16, medium or highest.
 
-    Below 128 images, casts to bfloat16 cost more than they save, and so does rounding inside products without AMX.
+    Below 128 images, casts to bfloat16 cost more than they save; without AMX, so does rounding inside products.
     """
     units = bfloat16_units()
     if device.type != "cpu" or not units:
@@ -73,7 +71,7 @@ def bfloat16_units() -> set[str]:
 
 
 def is_worth_compiling(device: torch.device, ranks: int, steps: int) -> bool:
-    """Whether compiling pays: in one process on a CPU with a C++ compiler, for STEPS_WORTH_COMPILING or more."""
+    """Whether compiling pays: in one process on a CPU with a C++ compiler, for STEPS_WORTH_COMPILING steps or more."""
     has_compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")))
     return device.type == "cpu" and ranks == 1 and has_compiler and steps >= STEPS_WORTH_COMPILING
 
@@ -81,7 +79,7 @@ def is_worth_compiling(device: torch.device, ranks: int, steps: int) -> bool:
 class CompiledStep:
     """A training step as one program: binarization, both passes and Adam.
 
-    It changes the same weights and the same state of Adam in place as the eager step, from the same random numbers.
+    Like the eager step, it updates the weights and Adam's state in place, and it draws the same random numbers.
     Batches of another size, and all batches after the program has failed once, go to the eager step.
     """
 
@@ -123,14 +121,17 @@ class CompiledStep:
                 adam_step(weights[name], gradients[name], state, lr, corrections, group["betas"], group["eps"])
             return neg_elbo
 
-        whole_step.__code__ = whole_step.__code__.replace()  # PyTorch compiles one code object 8 times at most
+        whole_step.__code__ = whole_step.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
         program = torch.compile(whole_step, fullgraph=True, dynamic=False, options={"fallback_random": True})
         self.program: Callable[..., Tensor] | None = program
-        tqdm.write("compiling the training step, which takes up to half a minute (--no-compile leaves it out)")
+        tqdm.write("compiling the training step, which takes up to half a minute (--no-compile skips it)")
         sys.stdout.flush()
-        first = torch.arange(self.batch_size, device=images.device)
-        self._try(first, torch.ones(2, device=images.device), copy.deepcopy)
-        # From here on, the program fits or fails: compiling it again for other values would take as long each time
+        state = [*self.weights.values(), *self.buffers.values(), *(x for state in self.adam for x in state.values())]
+        before = [tensor.clone() for tensor in state]
+        self._try(torch.arange(self.batch_size, device=images.device), torch.ones(2, device=images.device))
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        # Never recompile, which takes as long every time: a call that does not fit fails and goes to the eager step
         if self.program:
             self.program = torch.compiler.set_stance("fail_on_recompile")(program)
 
@@ -138,19 +139,19 @@ class CompiledStep:
         neg_elbo = self._try(batch, rates) if self.program and len(batch) == self.batch_size else None
         return self.eager(batch, rates) if neg_elbo is None else neg_elbo
 
-    def _try(self, batch: Tensor, rates: Tensor, copy: Callable[[Any], Any] = lambda state: state) -> Tensor | None:
-        """Runs the program on a copy of the state. If it fails, says why in one line and returns None."""
+    def _try(self, batch: Tensor, rates: Tensor) -> Tensor | None:
+        """Runs the program. If it fails, says why in one line and returns None."""
         images = self.images.index_select(0, batch)
         bits = draw_bits(images.shape, images.device) if self.binarization == "dynamic" else None
         corrections = (1 - self.betas ** (self.adam[0]["step"] + 1)).float()
-        state = copy(self.weights), copy(self.buffers), copy(self.adam)
+        y, state = self.labels.index_select(0, batch), (self.weights, self.buffers, self.adam)
         try:
             with torch.no_grad():
-                return self.program(*state, images, self.labels.index_select(0, batch), bits, rates, corrections)
+                return self.program(*state, images, y, bits, rates, corrections)
         except Exception as error:  # of many kinds, from PyTorch and from the compiler
             self.program = None
             reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-            what = "the step cannot be compiled; training goes on without, which is only slower"
+            what = "the step cannot be compiled; training continues uncompiled, slower but with the same results"
             tqdm.write(f"warning: {what} ({reason})", file=sys.stderr)
             return None
 
@@ -166,10 +167,10 @@ def adam_step(
 ) -> None:
     """Takes a step of Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1) in place, with torch.optim.Adam's state.
 
-    corrections (2,) are 1 - beta^t at this step t; the moments are divided by them.
+    corrections (2,) are the bias corrections 1 - beta^t of this step t, computed by the caller in float64.
     """
-    for moment, value, beta in zip(("exp_avg", "exp_avg_sq"), (gradient, gradient**2), betas, strict=True):
-        state[moment].lerp_(value, 1 - beta)
+    state["exp_avg"].lerp_(gradient, 1 - betas[0])
+    state["exp_avg_sq"].lerp_(gradient**2, 1 - betas[1])
     first, second = corrections.unbind()
     weight.sub_(lr / first * state["exp_avg"] / ((state["exp_avg_sq"] / second).sqrt() + eps))
     state["step"].add_(1)

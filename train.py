@@ -11,8 +11,6 @@ reconstructions and samples. python evaluate.py then measures and shows what the
 
 import contextlib
 import copy
-import csv
-import io
 import math
 import sys
 import time
@@ -41,10 +39,10 @@ from step import (
     is_worth_compiling,
     matmul_precision,
 )
-from utils import UserError, count, flag, number, rank_and_ranks
+from utils import UserError, count, flag, number, rank_and_ranks, text
 
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second", "seconds")
-AVERAGES_PER_EPOCH = 50  # as good as one after every step, and nine times cheaper at 469 steps per epoch
+AVERAGES_PER_EPOCH = 50  # as good as averaging after every step, and nine times cheaper at 469 steps per epoch
 PLACES = ("data_dir", "out_dir")  # of this machine, so not kept in a checkpoint
 RESUMABLE = ("epochs", "dataset", "data_dir", "device", "compile", "precision")  # what --resume takes
 SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation")  # VAE's arguments
@@ -61,18 +59,18 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     """The command line, with other defaults for some of the options."""
     parser = utils.ArgumentParser(description=description, fromfile_prefix_chars="@")
     resumable = ", ".join(map(flag, RESUMABLE))
-    parser.add_argument("--resume", metavar="RUN", help=f"continue this run folder; takes {resumable}")
-    positive, fraction, whole = number(float, 1e-37, 1e37), number(float, 0, 1e6), number(int, 0, 2**31)
+    parser.add_argument("--resume", metavar="RUN", help=f"continue this run folder; only {resumable} can be changed")
+    positive, nonnegative, whole = number(float, 1e-37, 1e37), number(float, 0, 1e6), number(int, 0, 2**31)
 
     add = parser.add_argument_group("data").add_argument
     names = f"{', '.join(DATASETS[1:])}, or the path of a folder of images or of an .npz file"
     auto = "auto is mnist, or mnist-5k where mnist is unavailable"
-    add("--dataset", default="auto", metavar="NAME", help=f"{names}; {auto}")
+    add("--dataset", type=text, default="auto", metavar="NAME", help=f"{names}; {auto}")
     add("--image-size", type=count, metavar="N", help="width and height of a folder's pictures (default: 28)")
     modes = "dynamic: sampled pixels; threshold: gray input, black and white target; none: gray"
     add("--binarize", choices=BINARIZE, default="dynamic", help=modes)
     add("--hold-out", type=whole, default=0, metavar="N", help="test on the last N training images, to choose settings")
-    add("--data-dir", default="data", metavar="DIR", help="where data sets are read and downloaded")
+    add("--data-dir", type=text, default="data", metavar="DIR", help="where data sets are read from and downloaded to")
 
     add = parser.add_argument_group("model").add_argument
     layers = number(int, 1, 1000)
@@ -85,35 +83,53 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     add("--init", choices=("pytorch", "burda2016"), default="pytorch", help=glorot)
 
     add = parser.add_argument_group("training").add_argument
-    schedules, eps = ("constant", "cosine", "burda2016"), "Adam's epsilon; gradients are summed over the batch"
+    schedules, eps = (
+        ("constant", "cosine", "burda2016"),
+        "Adam's epsilon (gradients are sums over the batch, not means)",
+    )
     add("--epochs", type=count, metavar="N", help="passes over the training set (default: 20, and 150 on mnist-5k)")
     add("--batch-size", type=count, default=128, metavar="N", help="images per step")
     add("--lr", type=positive, default=1.5e-3, metavar="X", help="Adam's step size")
     add("--lr-schedule", choices=schedules, default="constant", help="cosine falls to 0 at the last epoch")
     add("--adam-eps", type=positive, default=1e-8, metavar="X", help=eps)
-    add("--clip-grad-norm", type=positive, metavar="X", help="scale a step's gradient down to this norm")
+    add(
+        "--clip-grad-norm", type=positive, metavar="X", help="scale a step's gradient down to this norm if it is larger"
+    )
     average = "evaluate and keep a running average of the weights"
     add("--average", action=BooleanOptionalAction, default=True, help=average)
-    add("--seed", type=number(int, 0, 2**40), default=0, metavar="N", help="of everything random")
+    add("--seed", type=number(int, 0, 2**40), default=0, metavar="N", help="random seed")
 
     add = parser.add_argument_group("objective").add_argument
     add(
         "--objective",
         choices=("elbo", "iwae"),
         default="elbo",
-        help="the bound to train on: the ELBO, or Burda et al.'s",
+        help="the bound to train on: the ELBO, or the IWAE's (Burda et al. 2016)",
     )
     add("--importance-samples", type=count, default=1, metavar="K", help="draws of z per image for --objective iwae")
     add("--elbo-epochs", type=whole, default=0, metavar="N", help="epochs on the ELBO before the IWAE takes over")
-    add("--beta", type=fraction, default=1.0, metavar="X", help="weight of the KL in training, not in printed losses")
-    add("--kl-warmup", type=fraction, default=0.0, metavar="N", help="epochs in which the KL's weight rises from 0")
+    add(
+        "--beta", type=nonnegative, default=1.0, metavar="X", help="weight of the KL in training, not in printed losses"
+    )
+    add(
+        "--kl-warmup",
+        type=nonnegative,
+        default=0.0,
+        metavar="N",
+        help="epochs over which the KL's weight rises from 0 to beta",
+    )
 
     add = parser.add_argument_group("computation").add_argument
     how = f"compile the step (default: for {STEPS_WORTH_COMPILING:,} steps or more, on a CPU with a C++ compiler)"
-    add("--device", choices=utils.DEVICES, default="auto", help="auto is the first of cuda, mps and cpu that is there")
+    add(
+        "--device",
+        choices=utils.DEVICES,
+        default="auto",
+        help="auto is the first of cuda, mps and cpu that is available",
+    )
     add("--compile", action=BooleanOptionalAction, help=how)
-    add("--precision", choices=PRECISIONS, help="of matrix products (default: the fastest of this machine)")
-    add("--out-dir", default="runs", metavar="DIR", help="where run folders are made")
+    add("--precision", choices=PRECISIONS, help="of matrix products (default: the fastest on this machine)")
+    add("--out-dir", type=text, default="runs", metavar="DIR", help="where run folders are created")
     parser.set_defaults(**defaults)
     return parser
 
@@ -123,6 +139,8 @@ def make_options(**given: Any) -> Namespace:
 
     Raises UserError for an unknown option or a bad value.
     """
+    if "resume" in given:
+        raise UserError("a run is resumed by train.resume(run), not by an option of train.train")
     words = []
     for name, value in given.items():
         if name in ("average", "compile") and value in (True, False):
@@ -141,7 +159,9 @@ def make_options(**given: Any) -> Namespace:
 def parse_given(parser: utils.ArgumentParser, words: list[str] | None = None) -> dict[str, Any]:
     """The arguments of a command line that were given, by name."""
     names = vars(parser.parse_args(words))
-    given = parser.parse_args(words, Namespace(**dict.fromkeys(names)))  # sets no default where there is a value
+    given = parser.parse_args(
+        words, Namespace(**dict.fromkeys(names))
+    )  # argparse leaves these as they are unless given
     return {name: value for name, value in vars(given).items() if value is not None}
 
 
@@ -150,7 +170,7 @@ def parse_given(parser: utils.ArgumentParser, words: list[str] | None = None) ->
 
 
 class Objective(nn.Module):
-    """What Adam minimizes. A module, because DistributedDataParallel wraps one."""
+    """What Adam minimizes. A module, because DistributedDataParallel wraps modules."""
 
     def __init__(self, model: VAE, num_samples: int | None):
         """num_samples: None for the ELBO, K for the IWAE's bound with K draws of z."""
@@ -175,7 +195,7 @@ def make_step(
     options: Namespace,
     num_samples: int | None = None,
 ) -> Step:
-    """Makes step(batch, rates), which takes one step of Adam on the images (N, ...) uint8 at the indices batch (B,).
+    """Returns step(batch, rates): one step of Adam on the images (N, ...) uint8 that the indices batch (B,) select.
 
     rates (2,) holds the learning rate and the weight of the KL; num_samples is Objective's. The step returns the
     negative ELBO that it found, in nats for the whole batch, and never makes the CPU wait for a GPU. With several
@@ -216,16 +236,18 @@ def train_epoch(
     options: Namespace,
     after_step: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
-    """Takes a step for each batch of one pass over the images, in a new order.
+    """One pass over the images in a new order, with one step per batch.
 
-    Returns each step's negative ELBO, in nats: (steps,). after_step is called with the number of images.
+    Returns each step's negative ELBO, in nats: (steps,). Calls after_step with the size of each batch.
     """
     rank, ranks = rank_and_ranks()
     device = next(model.parameters()).device
     utils.seed_epoch(options.seed, epoch)
-    batches = torch.randperm(num_images, device=device).split(options.batch_size)  # the same on every rank
+    batches = list(torch.randperm(num_images, device=device).split(options.batch_size))  # the same on every rank
+    if len(batches) > 1 and len(batches[-1]) < min(2 * ranks, options.batch_size):
+        batches[-2:] = [torch.cat(batches[-2:])]  # too few for two on every rank, which normalizations need
     if rank > 0:
-        utils.seed_epoch(options.seed, epoch, rank)  # other noise
+        utils.seed_epoch(options.seed, epoch, rank)  # different noise on each rank
     starts = [epoch - 1 + i / len(batches) for i in range(len(batches))]  # in epochs
     rates = [(learning_rate(start, options), kl_weight(start, options)) for start in starts]
     rates = torch.tensor(rates, device=device)
@@ -251,13 +273,13 @@ def fit(
 ) -> None:
     """Trains from a checkpoint's state until options.epochs, and saves everything after each epoch.
 
-    Adam changes a copy of the model; the model itself, average, is the running average of its weights. The average is
-    what is tested, drawn and kept.
+    average is the model that is tested, drawn and kept: the running average of the weights of a copy that Adam changes.
+    With --no-average they are one and the same.
     """
     rank, _ = rank_and_ranks()
     history, device = checkpoint["history"], utils.choose_device(options.device)
     if rank == 0:
-        print(start_line(dataset, average, options, run))
+        print(start_line(dataset, average, options, run, len(history)))
     images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
     test_set = evaluate.make_test_set(dataset, options.binarize, device)
     average = average.to(device).eval()
@@ -285,6 +307,7 @@ def fit(
             history.append(dict(zip(COLUMNS, (epoch, *losses, len(images) / seconds, seconds), strict=True)))
             if rank > 0:
                 continue
+            # A resumed run then makes the same choice
             options.compile = isinstance(step, CompiledStep) and step.program is not None
             save(run, average, model, optimizer, options, dataset, history)
             tqdm.write(epoch_line(history[-1], options.epochs, is_likelihood))
@@ -295,7 +318,7 @@ def fit(
 
 
 def restore(model: VAE, checkpoint: dict[str, Any], options: Namespace) -> torch.optim.Adam:
-    """Gives the model a checkpoint's training weights -> Adam in the checkpoint's state."""
+    """Loads the checkpoint's training weights into the model and returns Adam in the checkpoint's state."""
     model.load_state_dict(checkpoint["training_weights"])
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, eps=options.adam_eps, fused=True)
     if "optimizer_state_dict" in checkpoint:
@@ -306,13 +329,13 @@ def restore(model: VAE, checkpoint: dict[str, Any], options: Namespace) -> torch
     return optimizer
 
 
-def compute_test_losses(model: VAE, test_set: evaluate.TestSet) -> tuple[float, float, float]:
+def compute_test_losses(model: VAE, test_set: evaluate.Examples) -> tuple[float, float, float]:
     """The negative ELBO on the test set and its two terms, in nats per image."""
     rank, ranks = rank_and_ranks()
     if ranks > 1:
-        for buffer in model.buffers():  # statistics, say, of each rank's share of the batches
+        for buffer in model.buffers():  # batch-norm statistics, say, differ between ranks
             torch.distributed.broadcast(buffer, 0)
-    terms = evaluate.elbo_terms(model, evaluate.TestSet(*(part[rank::ranks] for part in test_set)))
+    terms = evaluate.elbo_terms(model, evaluate.Examples(*(part[rank::ranks] for part in test_set)))
     sums = utils.sum_over_ranks(torch.stack([term.sum() for term in terms]))
     reconstruction, kl = (sums / len(test_set.labels)).tolist()
     return reconstruction + kl, reconstruction, kl
@@ -346,7 +369,7 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
         mean.lerp_(weight, share)
     for mean, buffer in zip(average.buffers(), model.buffers(), strict=True):
         if buffer.is_floating_point():
-            mean.copy_(torch.where(buffer.isinf(), buffer, mean.lerp(buffer, share)))  # inf: a mask, say
+            mean.copy_(torch.where(buffer.isinf(), buffer, mean.lerp(buffer, share)))  # a lerp of inf would be nan
         else:
             mean.copy_(buffer)
 
@@ -369,6 +392,8 @@ def train(
     image) and the run folder. Raises UserError for a bad value, and OSError if the run folder cannot be written. Seeds
     PyTorch's generators and flushes denormals.
     """
+    if not isinstance(dataset, str | Path | ImageData):
+        raise UserError(f"dataset must be a name, a path or ImageData, not {type(dataset).__name__}")
     if isinstance(model, VAE) and (fixed := sorted(options.keys() & {*SIZES, "init"})):
         raise UserError(f"{', '.join(map(flag, fixed))}: only for a new model; the one given has its own")
     options = make_options(dataset=dataset.name if isinstance(dataset, ImageData) else dataset, **options)
@@ -381,7 +406,7 @@ def train(
     try:
         fit(model, checkpoint, options, dataset, run, on_epoch)
     except BaseException as error:
-        if checkpoint["history"]:
+        if (run / "checkpoint.pt").exists():
             error.run = run  # for main to say how to go on
         elif rank_and_ranks()[0] == 0:
             with contextlib.suppress(OSError):
@@ -397,7 +422,7 @@ def resume(
     on_epoch: OnEpoch | None = None,
     **changes: Any,
 ) -> tuple[VAE, History, Path]:
-    """Continues a run in its folder, from its last finished epoch until `epochs`, by default those it was started for.
+    """Continues a run in its folder, from its last finished epoch up to `epochs` (default: the run's own).
 
     Pass custom models and ImageData again when resuming. dataset may also be the path to which the images have moved.
     `changes` are the options in RESUMABLE. On one CPU the weights end bit-identical to those of a run that was never
@@ -414,12 +439,13 @@ def resume(
     damaged = UserError(f"{path} cannot be resumed, only evaluated: its training state is damaged or missing")
     try:
         changes = {name: value for name, value in changes.items() if value is not None}
-        options = make_options(**checkpoint["options"] | changes)
+        saved = {name: value for name, value in checkpoint["options"].items() if name not in PLACES}
+        options = make_options(**saved | changes)
         epoch, history = checkpoint["epoch"], checkpoint["history"]
     except (KeyError, TypeError) as error:
         raise damaged from error
     if options.epochs < epoch:
-        raise UserError(f"{path} is trained for {epoch} epochs: pass a larger --epochs to continue")
+        raise UserError(f"{path} is already trained for {epoch} epochs: pass a larger --epochs to continue")
     prepare(options)
     dataset = open_dataset(dataset or options.dataset, options)
     model = utils.load_weights(checkpoint, path, model and build(model, dataset, options))
@@ -451,7 +477,7 @@ def prepare(options: Namespace) -> None:
 
 
 def open_dataset(dataset: str | Path | ImageData, options: Namespace) -> ImageData:
-    """The images to train on. Notes in the options what they are, so that a resumed run finds them again."""
+    """The images to train on. Records in the options which they are, so that a resumed run finds them again."""
     if isinstance(dataset, ImageData):
         dataset = dataset.hold_out(options.hold_out or dataset.num_held_out)
         options.dataset = dataset.name
@@ -464,7 +490,7 @@ def open_dataset(dataset: str | Path | ImageData, options: Namespace) -> ImageDa
 
 
 def build(model: Model, dataset: ImageData, options: Namespace) -> VAE:
-    """Makes a model of what train takes for one. Raises UserError if it does not fit the data."""
+    """Turns train's `model` argument into a VAE. Raises UserError if it does not fit the data."""
     if not isinstance(model, VAE):
         utils.seed_epoch(options.seed, 0)
         model = make_vae(dataset, options, model) if isinstance(model, type) else model(dataset, options)
@@ -485,9 +511,9 @@ def complete(options: Namespace, dataset: ImageData, model: VAE) -> None:
     vars(options).update({name: model.config[name] for name in SIZES if name in model.config})
 
 
-def make_vae(dataset: ImageData, options: Namespace, kind: type[VAE] = VAE) -> VAE:
-    """A VAE, or a subclass with its arguments, with the options' sizes."""
-    return kind(dataset.input_size, **{name: getattr(options, name) for name in SIZES})
+def make_vae(dataset: ImageData, options: Namespace, kind: type[VAE] = VAE, **more: Any) -> VAE:
+    """A VAE, or a subclass with the same arguments, of the sizes in the options. `more` are further arguments."""
+    return kind(dataset.input_size, **{name: getattr(options, name) for name in SIZES}, **more)
 
 
 @torch.no_grad()
@@ -528,6 +554,8 @@ def check_model(model: VAE, dataset: ImageData, options: Namespace) -> None:
             "prior().log_prob(z)": (p.log_prob(z), (k, 2)),
             "likelihood(z).log_prob(targets)": (likelihood.log_prob(targets), (k, 2)),
             "likelihood(z).mean": (likelihood.mean, (k, *targets.shape)),
+            "sample(2)": (model.sample(2, y), targets.shape),
+            "likelihood(z).support": (likelihood.support.check(targets), (2,)),
         }
     except (NotImplementedError, AttributeError) as error:
         raise UserError(f"{name}: a distribution lacks something: {utils.one_line(error)}") from error
@@ -541,7 +569,7 @@ def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
     """Raises ValueError or another error if training cannot continue from a checkpoint."""
     history = checkpoint["history"]
     if [row["epoch"] for row in history] != list(range(1, checkpoint["epoch"] + 1)):
-        raise ValueError("its history is not that of its epochs")
+        raise ValueError("its history does not match its epoch")
     utils.check_tensors(checkpoint["training_weights"], model.state_dict())
     state = checkpoint["optimizer_state_dict"]["state"]
     for i, weight in enumerate(model.parameters()):
@@ -550,7 +578,7 @@ def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
 
 
 def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: Path) -> None:
-    """Raises UserError if a loss of an epoch's steps (steps,), or one after them, is not finite."""
+    """Raises UserError if a loss of an epoch's steps (steps,), or of the test after them, is not finite."""
     if not all(map(math.isfinite, losses)):  # the first is the mean of neg_elbos
         bad = (~torch.isfinite(neg_elbos)).nonzero().flatten().tolist()
         step = f"step {bad[0] + 1}" if bad else "the test after its last step"
@@ -591,15 +619,13 @@ def save(
 
 def write_table(run: Path, history: History) -> None:
     """Writes metrics.csv."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS)
-    writer.writeheader()
-    writer.writerows(history)
-    utils.write_atomically(run / "metrics.csv", table.getvalue().encode())
+    rows = [COLUMNS, *([row[name] for name in COLUMNS] for row in history)]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    utils.write_atomically(run / "metrics.csv", table.encode())
 
 
 def draw(
-    run: Path, model: VAE, dataset: ImageData, test_set: evaluate.TestSet, options: Namespace, history: History
+    run: Path, model: VAE, dataset: ImageData, test_set: evaluate.Examples, options: Namespace, history: History
 ) -> None:
     """Writes the pictures that show how far the run has come."""
     caption = evaluate.describe(dataset, options.binarize, model, len(history))
@@ -612,14 +638,15 @@ def draw(
         evaluate.save_figure(figure, run / name)
 
 
-def start_line(dataset: ImageData, model: VAE, options: Namespace, run: Path) -> str:
+def start_line(dataset: ImageData, model: VAE, options: Namespace, run: Path, epoch: int) -> str:
     """What a run says first."""
     held_out = f", {dataset.num_held_out:,} others held out to test on" if dataset.num_held_out else ""
     images = f"{len(dataset.train_images):,} training images{held_out}"
     device, (_, ranks) = utils.choose_device(options.device), rank_and_ranks()
     where = f"{device}, {ranks} processes" if ranks > 1 else device
     weights = sum(weight.numel() for weight in model.parameters())
-    return f"{dataset.name}: {images}; {weights:,} weights on {where}; writing to {run}"
+    after = f"; continues after epoch {epoch}" if epoch else ""
+    return f"{dataset.name}: {images}; {weights:,} weights on {where}; writing to {run}{after}"
 
 
 def epoch_line(row: dict[str, float], epochs: int, is_likelihood: bool) -> str:
@@ -638,7 +665,7 @@ def epoch_line(row: dict[str, float], epochs: int, is_likelihood: bool) -> str:
 
 @utils.command
 def main(model: Model | None = None, description: str | None = __doc__, **defaults: Any) -> None:
-    """The command `python train.py`. An experiment's command gives another model, and evaluates it too."""
+    """The command `python train.py`. Experiments pass a model; then the run is also evaluated."""
     parser = make_parser(description, **defaults)
     if model is not None:
         evaluate.add_nll_samples(parser)

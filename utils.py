@@ -73,13 +73,20 @@ def number(kind: type, low: float, high: float) -> Callable[[Any], Any]:
             parsed = kind(value)
             if low <= parsed <= high and (isinstance(value, str) or parsed == value) and not isinstance(value, bool):
                 return parsed
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"must be a {what} from {low:g} to {high:g}, not {value}")
+        what = f"whole number from {low} to {high}" if kind is int else f"number from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(f"must be a {what}, not {value}")
 
     return parse
 
 
 count = number(int, 1, 2**31)
+
+
+def text(value: str) -> str:
+    """An argparse type: a name or a path."""
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
 
 
 def flag(name: str) -> str:
@@ -123,9 +130,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[Callable[[], None]]:
-    """Holds back Ctrl-C and SIGTERM -> a function to call where they may take effect, which raises Interrupted.
+    """Defers Ctrl-C and SIGTERM. Yields a function that raises Interrupted if one has arrived.
 
-    A signal's exception in the middle of a library may be lost there. Only Python's main thread gets signals.
+    An exception that a signal raises inside a library can get lost. Only Python's main thread gets signals.
     """
     received: list[int] = []
 
@@ -177,8 +184,8 @@ def process_group() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    # DistributedDataParallel would import this later and keep the group in default arguments. The group's threads would
-    # then live on while Python shuts down, which aborts one run in ten.
+    # DistributedDataParallel would import this later and capture the group in default arguments. The group's threads
+    # would then outlive the interpreter, and about one run in ten would abort.
     import torch.distributed.nn
 
     if has_gpus():
@@ -271,8 +278,8 @@ def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, di
     """Loads the checkpoint of a run folder or a file -> the model, in eval mode, and the checkpoint's dict.
 
     A checkpoint of a subclass needs a `model` of that class to load into; no class is imported because a file names it.
-    A file needs only model and model_state_dict, as the original repository writes them; the rest is for resuming.
-    Raises UserError if the file is damaged or does not fit the model.
+    A file needs only model and model_state_dict, as in checkpoints of the repository that this one grew from; the rest
+    is for resuming. Raises UserError if the file is damaged or does not fit the model.
     """
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
@@ -282,8 +289,11 @@ def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, di
 def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = None) -> VAE:
     """Does what load_checkpoint does, for a checkpoint that has been read."""
     name, config, weights = checkpoint.get("class", "VAE"), checkpoint["model"], checkpoint["model_state_dict"]
+    # Only the names of the classes count, because a module may be run as __main__ or imported
     if name.split(".")[-1] != class_name(model).split(".")[-1] or ("." in name) != ("." in class_name(model)):
-        how = f"load it with load_checkpoint(path, model={name.split('.')[-1]}(...))"
+        how = (
+            f"run the script that defines it with --resume, or load_checkpoint(path, model={name.split('.')[-1]}(...))"
+        )
         raise UserError(f"{path} is of the class {name}, not {class_name(model)}: {how}")
     is_new = model is None
     try:
@@ -299,18 +309,19 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = Non
         check_tensors(weights, like)
         model.load_state_dict({name: weights[name].to(like[name].dtype) for name in like}, assign=is_new)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this {class_name(model)}: {one_line(error)}") from error
+        raise UserError(f"{path} is not a checkpoint of this {class_name(model)}: {one_line(error)[:200]}") from error
     return model.eval()
 
 
 def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
     """Raises ValueError unless the tensors have the names, shapes and kinds of `like`."""
     if others := like.keys() ^ tensors.keys():
-        raise ValueError(f"its tensors are others: {', '.join(sorted(map(str, others)))}")
+        raise ValueError(f"unexpected or missing tensors: {', '.join(sorted(map(str, others)))}")
     for name, tensor in tensors.items():
         expected = like[name]
         # A tensor that is not contiguous may repeat one value, and so claim any size
-        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape or not tensor.is_contiguous():
+        is_whole = isinstance(tensor, Tensor) and tensor.is_contiguous() and not tensor.is_meta
+        if not is_whole or tensor.shape != expected.shape:
             raise ValueError(f"its {name} is not a tensor of shape {tuple(expected.shape)}")
         if tensor.is_floating_point() != expected.is_floating_point():
             raise ValueError(f"its {name} is not a tensor of {expected.dtype}")

@@ -1,4 +1,4 @@
-"""Draws a two-dimensional manifold as it forms: python assets/animation.py writes manifold.gif beside itself."""
+"""Draws a two-dimensional manifold as it forms: python assets/animation.py writes manifold.gif into assets/."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""Draws the README's diagrams: python assets/diagrams.py writes architecture.png and latent.png beside itself."""
+"""Draws the README's diagrams: python assets/diagrams.py writes architecture.png and latent.png into assets/."""
 
 import sys
 from pathlib import Path
@@ -9,10 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from matplotlib.figure import Figure
 
-from evaluate import save_figure
+from evaluate import BLUE, GRAY, ORANGE, save_figure
 from model import VAE, LatentZ
-
-BLUE, ORANGE, GRAY = "#3f90da", "#ffa90e", "#94a4a2"
 
 
 def draw_architecture(vae: VAE) -> Figure:

@@ -1,4 +1,4 @@
-"""Films docs/index.html, with Chromium: python assets/page.py writes page.gif beside itself."""
+"""Films docs/index.html in Chromium: python assets/page.py writes page.gif into assets/."""
 
 import contextlib
 import io
@@ -19,9 +19,9 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 
 
 class Browser:
-    """A page in headless Chromium, driven through the DevTools protocol over a pipe, which needs no package.
+    """A page in headless Chromium. The DevTools protocol drives it over a pipe, so no package is needed.
 
-    `errors` collects what goes wrong in the page: exceptions, console.error, and requests of anything but the page.
+    `errors` collects the page's errors: exceptions, console.error, and requests for anything outside the page.
     """
 
     def __init__(self, read: int, write: int):
@@ -72,7 +72,7 @@ class Browser:
             self._note(self._read())
 
     def run(self, script: str) -> Any:
-        """The value of an expression, awaited if it is a promise. Raises RuntimeError where it throws."""
+        """The value of an expression, awaited if it is a promise. Raises RuntimeError if it throws."""
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
@@ -81,7 +81,7 @@ class Browser:
     def resize(
         self, width: int, height: int, scale: float = 1, phone: bool = False, dark: bool = False, still: bool = False
     ) -> None:
-        """The window, and what its user prefers: dark colours, little motion."""
+        """Sets the window's size and its user's preferences: dark colours, little motion."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone}
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
@@ -93,7 +93,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def place(self, selector: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
-        """A place in an element, in shares of its width and height -> on the screen, after scrolling there."""
+        """Scrolls to an element -> where a place in it, given in shares of its width and height, is on the screen."""
         return tuple(
             self.run(f"""(() => {{
             const element = document.querySelector({json.dumps(selector)});
@@ -104,7 +104,7 @@ class Browser:
         )
 
     def point(self, kind: str, place: tuple[float, float], touch: bool = False) -> None:
-        """What a mouse or a finger does at a place on the screen. kind: press, move or release."""
+        """Moves a mouse or a finger at a place on the screen. kind: press, move or release."""
         x, y = place
         if touch:
             kinds = {"press": "touchStart", "move": "touchMove", "release": "touchEnd"}
@@ -137,13 +137,13 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def screenshot(self) -> bytes:
-        """What the window shows, as PNG."""
+        """The window as PNG."""
         return b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
 
 @contextlib.contextmanager
 def open_browser(profile: Path) -> Iterator[Browser]:
-    """Starts Chromium, with its files in the folder `profile`, and ends it. Raises FileNotFoundError without one."""
+    """Starts Chromium with its files in the folder `profile`, and ends it. Raises FileNotFoundError without it."""
     if not BROWSER:
         raise FileNotFoundError("no Chromium on this machine (Debian: apt-get install chromium)")
     (command_out, command_in), (reply_out, reply_in) = os.pipe(), os.pipe()
@@ -199,13 +199,13 @@ def film(browser: Browser) -> Iterator[tuple[bytes, int]]:
 
 
 def arc(y: float, start: float, end: float, steps: int = 8) -> list[tuple[float, float]]:
-    """Of one of the two circles of an 8, from one angle to another, in degrees."""
+    """An arc of one of the two circles of an 8, from one angle to another, in degrees."""
     angles = [math.radians(start + (end - start) * i / steps) for i in range(steps + 1)]
     return [(0.5 + 0.17 * math.cos(angle), y + 0.155 * math.sin(angle)) for angle in angles]
 
 
 def still(browser: Browser) -> bytes:
-    """A screenshot when the page has shown what was done."""
+    """A screenshot, taken after the page has drawn its last change."""
     browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     return browser.screenshot()
 

@@ -3,13 +3,12 @@
     python benchmarks/likelihood.py original five-minutes
     python benchmarks/likelihood.py burda2016 --epochs 364 --after 40 121   # a row after each of these epochs too
 
-Other options than those below go to train.py.
+train.py's options come after the recipe's, so they win.
 """
 
 import sys
-from dataclasses import asdict
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -24,28 +23,29 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @utils.command
 def main() -> None:
-    parser = utils.ArgumentParser(description=__doc__)
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", choices=sorted(path.stem for path in RECIPES.iterdir()))
-    parser.add_argument("--after", nargs="+", type=utils.count, default=[], metavar="EPOCH", help="rows on the way too")
-    parser.add_argument("--nll-samples", type=utils.count, default=5000, metavar="K", help="(default: %(default)s)")
-    args, others = parser.parse_known_args()
+    parser = train.make_parser(__doc__, dataset="mnist")
+    own = parser.add_argument_group("recipes")
+    own.add_argument("recipes", nargs="+", metavar="RECIPE", choices=sorted(path.stem for path in RECIPES.iterdir()))
+    own.add_argument("--after", nargs="+", type=utils.count, metavar="EPOCH", help="rows on the way too")
+    own.add_argument("--nll-samples", type=utils.count, default=5000, metavar="K", help="importance samples")
+    args = parser.parse_args()
     rows = [
         "| recipe | epochs | training time | neg_elbo | nll | active units |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for recipe in args.recipes:
-        given = vars(train.parse_args([f"@{RECIPES / recipe}.txt", "--dataset=mnist", *others]))
-        options = train.Options(**given)
-        rows += train_recipe(recipe, options, args.after, args.nll_samples)
+        given = {"dataset": "mnist"} | train.parse_given(parser, [f"@{RECIPES / recipe}.txt", *sys.argv[1:]])
+        options = {name: value for name, value in given.items() if name not in ("recipes", "after", "nll_samples")}
+        rows += train_recipe(recipe, train.make_options(**options), args.after or [], args.nll_samples)
         print(*rows, sep="\n")
 
 
-def train_recipe(recipe: str, options: train.Options, after: list[int], nll_samples: int) -> list[str]:
+def train_recipe(recipe: str, options: Namespace, after: list[int], nll_samples: int) -> list[str]:
     """Trains with a recipe's options -> a row for the last epoch, and for each of those in `after` before it."""
     rows = []
     dataset = load_dataset(options.dataset, options.data_dir, options.image_size, options.hold_out)
 
-    def add_row(model: VAE, history: list[dict[str, Any]]) -> None:
+    def add_row(model: VAE, history: train.History) -> None:
         if len(history) not in (*after, options.epochs):
             return
         metrics = evaluate.evaluate(model, dataset.test_images, options.binarize, nll_samples)
@@ -54,7 +54,7 @@ def train_recipe(recipe: str, options: train.Options, after: list[int], nll_samp
         figures = (f"{minutes:.1f} min", f"{metrics['neg_elbo']:.2f}", nll, str(metrics["active_units"]))
         rows.append(f"| {' | '.join((recipe, str(len(history)), *figures))} |")
 
-    train.train(**asdict(options) | {"dataset": dataset}, on_epoch=add_row)
+    train.train(**vars(options) | {"dataset": dataset}, on_epoch=add_row)
     return rows
 
 

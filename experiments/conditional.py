@@ -35,12 +35,12 @@ class ConditionalVAE(VAE):
         config["num_classes"] = num_classes
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        return super().posterior(self.beside(x.flatten(1), y))
+        return super().posterior(self.append_labels(x.flatten(1), y))
 
     def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        return super().likelihood(self.beside(z, y))
+        return super().likelihood(self.append_labels(z, y))
 
-    def beside(self, values: Tensor, y: Tensor | None) -> Tensor:
+    def append_labels(self, values: Tensor, y: Tensor | None) -> Tensor:
         """Appends the labels y (B,) to values (..., B, D): (..., B, D + num_classes)."""
         if y is None:
             raise ValueError("ConditionalVAE needs the labels y of its images")
@@ -49,8 +49,7 @@ class ConditionalVAE(VAE):
 
 
 def make_model(dataset: ImageData, options: Namespace) -> VAE:
-    sizes = {name: getattr(options, name) for name in train.SIZES}
-    return ConditionalVAE(dataset.input_size, len(dataset.classes), **sizes)
+    return train.make_vae(dataset, options, ConditionalVAE, num_classes=len(dataset.classes))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 
 self.encoder and self.decoder are other modules, and nothing else changes. Images arrive flat, (B, C * H * W), and z as
 (B, latent_size) or, from importance sampling, (K, B, latent_size). The running statistics of the normalizations are
-averaged with the weights.
+averaged with the weights. --encoder-layers, --decoder-layers and --activation have no effect.
 """
 
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -52,7 +53,7 @@ class ConvVAE(VAE):
         self, shape: tuple[int, int, int] = (1, 28, 28), width: int = 32, hidden_size: int = 256, **sizes: int
     ):
         channels, rows, columns = shape[0], shape[1] // 4, shape[2] // 4
-        super().__init__(16 * channels * rows * columns, hidden_size, **sizes)
+        super().__init__(math.prod(shape), hidden_size, **sizes)
         self.encoder = nn.Sequential(
             nn.Unflatten(1, shape),
             nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1),

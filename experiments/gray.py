@@ -4,7 +4,7 @@
     python experiments/gray.py --resume RUN --nll-samples 5000
 
 Cross-entropy with gray targets is no likelihood: p^x (1 - p)^(1 - x) does not integrate to 1 over x in [0, 1]. The
-continuous Bernoulli divides it by its integral. Its density is unbounded where x is 0 or 1, as most of MNIST is, so
+continuous Bernoulli divides it by its integral. Its density can grow without bound at 0 and 1, as most of MNIST is, so
 this is its integral over each of the 256 gray levels: a probability, which compares with that of any other model of
 8-bit images.
 """
@@ -24,7 +24,7 @@ from model import VAE
 
 
 class GrayLevels(Distribution):
-    """Pixels in 0, 1/255, ..., 1; the continuous Bernoulli's density at x is proportional to exp(logit * x)."""
+    """Pixels in 0, 1/255, ..., 1. The density of the continuous Bernoulli at x is proportional to exp(logit * x)."""
 
     support = constraints.unit_interval
 

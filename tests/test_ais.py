@@ -8,61 +8,73 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Normal
-
-from tests.conftest import SIZE
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import ais
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 import evaluate
 import utils
-from data import ImageData
-from model import VAE
+from benchmarks import ais
+from model import VAE, DiagonalNormal
+from tests.conftest import SIZE
+
+PRIOR = Normal(torch.tensor([0.5, -0.3]), torch.tensor([1.2, 0.8]))
+
+
+class OtherPrior(VAE):
+    def prior(self, y: Tensor | None = None) -> Distribution:
+        return DiagonalNormal(PRIOR.mean, PRIOR.variance.log())
+
+
+class OtherPosterior(VAE):
+    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        q = super().posterior(x, y)
+        return Independent(Normal(q.mu, torch.exp(0.5 * q.logvar)), 1)
 
 
 @pytest.fixture
 def model() -> VAE:
-    """Of two latents, whose decoder says much about them, and whose q(z|x) is too narrow and far off."""
+    """Its decoder says much about the two latents, and its q(z|x) is too narrow and far off."""
     torch.manual_seed(1)
-    model = VAE(SIZE, hidden_size=16, latent_size=2).eval()
+    model = OtherPrior(SIZE, hidden_size=16, latent_size=2).eval().requires_grad_(False)
     for layer in model.decoder.children():
         torch.nn.init.normal_(layer.weight, std=2 / layer.in_features**0.5)
     torch.nn.init.constant_(model.latent_z.mu.bias, 1.0)
-    torch.nn.init.constant_(model.latent_z.logvar.bias, -2.0)
+    torch.nn.init.constant_(model.latent_z.logvar.bias, -2.5)
     return model
+
+
+def as_test_set(x: Tensor) -> evaluate.Examples:
+    return evaluate.Examples(x, x, torch.zeros(len(x), dtype=torch.int64))
 
 
 def exact_nll(model: VAE, targets: Tensor, step: float = 0.05) -> Tensor:
     """-log of the integral of p(x|z) p(z), summed over a fine grid."""
-    axis = torch.arange(-5, 5, step)
+    axis = torch.arange(-6, 6, step)
     z = torch.cartesian_prod(axis, axis)
     pixels = Bernoulli(model.decode(z).double().clamp(1e-12, 1 - 1e-12))
     log_joint = torch.stack([pixels.log_prob(x.double()).sum(1) for x in targets])
-    return -((log_joint + Normal(0.0, 1.0).log_prob(z).sum(1)).logsumexp(1) + 2 * math.log(step))
+    return -((log_joint + PRIOR.log_prob(z).sum(1)).logsumexp(1) + 2 * math.log(step))
 
 
-@torch.no_grad()
 def test_both_bounds_close_in_on_the_integral(model: VAE):
-    torch.manual_seed(1)
-    z = model.sample_prior(8)
+    torch.manual_seed(0)
+    z = model.prior().sample((8,))
     x = model.decode(z).bernoulli()
     exact = exact_nll(model, x)
-    nll = ais.compare(model, x, x, chains=32, temperatures=100, z=z).values()
+    nll = ais.compare(model, as_test_set(x), chains=32, temperatures=200, z=z).values()
     importance_sampling, forwards, backwards = ((values - exact).mean().item() for values in nll)
     assert importance_sampling > 1
     assert forwards == pytest.approx(0, abs=0.15)
     assert backwards == pytest.approx(0, abs=0.15)
 
 
-@torch.no_grad()
 def test_one_temperature_is_importance_sampling(model: VAE):
     x = model.sample(5).bernoulli()
-    _, logvar, mu = model.encode(x)
-    eps = torch.randn(7, 5, 2)
-    log_weights, _ = ais.anneal(ais.densities(model, x, logvar, mu), eps, [0.0, 1.0])
-    torch.testing.assert_close(log_weights, model.log_importance_weights(x, logvar, mu, eps), rtol=1e-4, atol=1e-4)
+    q, eps = model.posterior(x), torch.randn(7, 5, 2)
+    log_weights, _ = ais.anneal(ais.densities(model, q, x), eps, [0.0, 1.0])
+    posterior = Normal(q.mu, torch.exp(0.5 * q.logvar))
+    z = posterior.mean + posterior.stddev * eps
+    expected = Bernoulli(model.decode(z)).log_prob(x).sum(-1) + (PRIOR.log_prob(z) - posterior.log_prob(z)).sum(-1)
+    torch.testing.assert_close(log_weights, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_transitions_leave_a_known_distribution_as_it_is():
@@ -79,13 +91,19 @@ def test_transitions_leave_a_known_distribution_as_it_is():
     assert eps.var().item() == pytest.approx(0.4, abs=0.02)
 
 
-def test_command(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, fails: Callable):
+def test_refuses_another_posterior():
+    x = torch.zeros(2, SIZE)
+    with pytest.raises(utils.UserError, match="DiagonalNormal, not Independent"):
+        ais.compare(OtherPosterior(SIZE, 16, 2), as_test_set(x), chains=2, temperatures=2, z=None)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fails: Callable):
     model = VAE(hidden_size=8, latent_size=2)
     checkpoint = {"model": model.config, "model_state_dict": model.state_dict(), "options": {"dataset": "mnist-5k"}}
     utils.save_checkpoint(tmp_path / "run.pt", checkpoint)
     sizes = ["--images", "3", "--chains", "2", "--temperatures", "3"]
     monkeypatch.setattr(sys, "argv", ["ais.py", str(tmp_path / "run.pt"), *sizes])
-    monkeypatch.setattr(evaluate, "estimate_nll", lambda model, x, *_, **__: torch.full((len(x),), 123.0))
+    monkeypatch.setattr(evaluate, "estimate_nll", lambda _, test_set, **__: torch.full((len(test_set.inputs),), 123.0))
     ais.main()
     output = capsys.readouterr().out
     assert output.count("123.000") == 2
@@ -93,3 +111,4 @@ def test_command(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     checkpoint["options"]["binarize"] = "none"
     utils.save_checkpoint(tmp_path / "gray.pt", checkpoint)
     assert "no likelihood" in fails(ais.main, tmp_path / "gray.pt")
+    assert "--chains" in fails(ais.main, tmp_path / "run.pt", "--chains=0")

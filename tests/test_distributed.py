@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import train
 import utils
 from data import ImageData
-from model import VAE
+from model import VAE, DiagonalNormal
 from tests.conftest import run_ranks, thinned
 
 ROOT = Path(__file__).parent.parent
@@ -42,32 +43,35 @@ def torchrun(ranks: int, script: Path, *args: str) -> subprocess.CompletedProces
     return subprocess.run([*command, str(script), *args], capture_output=True, text=True, timeout=100, env=env)
 
 
-def first_step(images: torch.Tensor) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
-    """The test losses, and the gradients of the first step on a batch of 127, with noise that depends on the image."""
+def third_step(data: ImageData) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
+    """The test losses, and the gradients of a third step on a batch of 127, with noise that depends on the image."""
     rank, ranks = utils.rank_and_ranks()
     train.binarize = lambda images, mode: ((images / 255).round(),) * 2
-    torch.randn_like = lambda std: torch.sin(10 * std.detach())
+    DiagonalNormal.rsample = lambda q, shape=(): q.mu + torch.exp(0.5 * q.logvar) * torch.sin(10 * q.mu.detach())
     torch.manual_seed(0)
     model = VAE(784, 32, 4)
-    losses = train.compute_test_losses(model, *train.binarize(images.flatten(1), ""))
-    step = train.make_step(model, torch.optim.Adam(model.parameters()), images.flatten(1), train.Options())
-    step(torch.arange(127)[rank::ranks], torch.tensor([1e-3, 0.7]))
+    losses = train.compute_test_losses(model, evaluate.make_test_set(data, "threshold"))
+    adam, options = torch.optim.Adam(model.parameters()), train.make_options(precision="highest")
+    step = train.make_step(model, adam, data.train_images, data.train_labels, options)
+    for first in (0, 127, 254):
+        step(torch.arange(first, first + 127)[rank::ranks], torch.tensor([0.0, 0.7]))
     return losses, {name: weight.grad for name, weight in model.named_parameters()}
 
 
-def save_first_step(images: torch.Tensor) -> None:
+def save_third_step(data: ImageData) -> None:
     with utils.process_group():
-        torch.save(first_step(images), f"step-{utils.rank_and_ranks()[0]}.pt")
+        torch.save(third_step(data), f"step-{utils.rank_and_ranks()[0]}.pt")
     threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], "such threads abort a process that exits"
 
 
 def test_gradients_and_test_losses_are_those_of_one_process(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
-    run_ranks(2, save_first_step, digits.test_images)
+    few = thinned(digits, 10)
+    run_ranks(2, save_third_step, few)
     with monkeypatch.context() as patch:
         patch.setattr(train, "binarize", train.binarize)
-        patch.setattr(torch, "randn_like", torch.randn_like)
-        expected_losses, expected = first_step(digits.test_images)
+        patch.setattr(DiagonalNormal, "rsample", DiagonalNormal.rsample)
+        expected_losses, expected = third_step(few)
     for rank in range(2):
         losses, gradients = torch.load(f"step-{rank}.pt")
         assert losses == pytest.approx(expected_losses)
@@ -97,7 +101,9 @@ def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path, m
     _, history, _ = train.train(**OPTIONS, **iwae, epochs=3, out_dir=out_dir)
     _, resumed, _ = train.resume(run, epochs=3)
     for name in ("train_loss", "test_loss"):
-        assert [row[name] for row in resumed] == pytest.approx([row[name] for row in history], rel=0.02)
+        assert [row[name] for row in resumed] == pytest.approx(
+            [row[name] for row in history], rel=0.04
+        )  # with other noise
 
     run_ranks(2, resume, run, 4)
     assert utils.load_checkpoint(run)[1]["epoch"] == 4
@@ -106,7 +112,7 @@ def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path, m
 def record_what_is_seen(data: ImageData) -> None:
     make_step, seen, noise = train.make_step, [], []
 
-    def recording(*args: object) -> train.Step:
+    def recording(*args: object) -> "train.Step":
         step = make_step(*args)
 
         def recorded(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
@@ -120,7 +126,7 @@ def record_what_is_seen(data: ImageData) -> None:
     train.draw = lambda *args: None
     options = {name: value for name, value in OPTIONS.items() if name != "dataset"}
     with utils.process_group():
-        for batch_size in (128, 2249):
+        for batch_size in (128, 2499):
             seen.clear()
             noise.clear()
             train.train(data, **options, batch_size=batch_size, epochs=1, out_dir="runs")
@@ -128,11 +134,12 @@ def record_what_is_seen(data: ImageData) -> None:
 
 
 def test_three_ranks_use_every_image_once_with_noise_of_their_own(digits: ImageData):
-    """4,500 images in batches of 128 leave 20 for the last, and batches of 2,249 leave 2: fewer than ranks."""
+    """5,000 images in batches of 128 leave 8 for the last, and batches of 2,499 leave 2: fewer than ranks,
+    which join the batch before."""
     run_ranks(3, record_what_is_seen, digits)
-    for batch_size in (128, 2249):
+    for batch_size in (128, 2499):
         seen, noise = zip(*(torch.load(f"seen-{rank}-{batch_size}.pt") for rank in range(3)), strict=True)
-        assert sorted(i for of_rank in seen for i in of_rank) == list(range(4500))
+        assert sorted(i for of_rank in seen for i in of_rank) == list(range(5000))
         draws = [draw for of_rank in noise for draw in of_rank]
         assert len(set(draws)) == len(draws)
 

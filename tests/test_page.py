@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -12,17 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import evaluate
-import utils
 from assets.page import BROWSER, Browser, open_browser
 from data import ImageData
 from docs import make
+from evaluate import tile
+from experiments.conditional import ConditionalVAE
+from experiments.gray import GrayVAE
 from experiments.vampprior import VampVAE
-from model import VAE, kl_divergence
+from model import VAE, DiagonalNormal, kl_by_latent
 from tests.conftest import thinned
 from utils import UserError
 
-PAGE = Path(__file__).parent.parent / "docs" / "index.html"
+PAGE, WEIGHTS = make.ROOT / "docs" / "index.html", make.ROOT / "weights"
 EXTENT = 4  # maps and sliders show latents from -EXTENT to EXTENT
 
 
@@ -36,7 +38,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[[str | Path], Browser]]:
-    """Opens a page, given as text or as a file. In the end, nothing may have gone wrong in it."""
+    """Opens a page, given as text or as a file. Fails at the end if anything went wrong in the page."""
 
     def open_page(page: str | Path) -> Browser:
         if isinstance(page, str):
@@ -59,7 +61,7 @@ def few(digits: ImageData) -> ImageData:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, VAE]:
-    """As those of docs/index.html, but small and without training."""
+    """Like the models of docs/index.html, but small and untrained."""
     torch.manual_seed(0)
     vamp = VampVAE(num_pseudo_inputs=6, hidden_size=16, latent_size=3)
     return {"main": VAE(hidden_size=16, latent_size=5), "map": VAE(hidden_size=16, latent_size=2), "vamp": vamp}
@@ -67,11 +69,11 @@ def models() -> dict[str, VAE]:
 
 @pytest.fixture(scope="module")
 def page(models: dict[str, VAE], few: ImageData) -> str:
-    return evaluate.make_page("Page", [], [], models, few.test_images, few.test_labels, few.classes)
+    return make.make_page("Page", [], models, few)
 
 
 def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
-    """The value of an expression when what was done has arrived, and all is drawn, or what one job draws."""
+    """The value of an expression once the page has drawn everything, or what one of its jobs draws."""
     browser.run(f"""new Promise((done, fail) => {{
         setTimeout(() => fail(new Error("it never stops")), 20000);
         const busy = () => {f"jobs.has('{job}')" if job else "jobs.size"};
@@ -100,14 +102,11 @@ def numbers(text: str) -> list[float]:
 def test_computes_what_pytorch_does(config: dict, few: ImageData, show: Callable[..., Browser]):
     torch.manual_seed(0)
     model = VAE(**config).eval()
-    for layer in [
-        *model.encoder.children(),
-        *model.latent_z.children(),
-        *model.decoder.children(),
-    ]:  # values as wide as a trained model's
-        nn.init.normal_(layer.weight, std=1.8 / layer.in_features**0.5)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):  # values as wide as a trained model's
+            nn.init.normal_(layer.weight, std=1.8 / layer.in_features**0.5)
     z = 2 * torch.randn(5, config["latent_size"])
-    browser = show(evaluate.make_explorer(model, few, "caption"))
+    browser = show(make.make_explorer(model, few, "caption"))
     result = browser.run(f"""(() => {{
         const list = values => Array.from(values), first = images.slice(0, 5), all = {z.tolist()};
         const posteriors = first.map(main.encode);
@@ -122,23 +121,23 @@ def test_computes_what_pytorch_does(config: dict, few: ImageData, show: Callable
     x = few.test_images.flatten(1) / 255
     x = x[torch.cdist(result["images"], x).argmin(1)]  # in the page's order
     with torch.no_grad():
-        _, logvar, mu = model.encode(x)
-        bce = -model.log_likelihood(model.outputs(z), x)
-        expected = {"images": x, "mu": mu, "points": mu, "std": torch.exp(0.5 * logvar), "x_hat": model.decode(z)}
+        q, likelihood = model.posterior(x), model.likelihood(z)
+        std = torch.exp(0.5 * q.logvar)
+        expected = {"images": x, "mu": q.mu, "points": q.mu, "std": std, "x_hat": likelihood.mean}
     assert len(x.unique(dim=0)) == 5
     assert expected["x_hat"].std() > 0.2
     assert expected["mu"].std() > 0.2
     for name, values in expected.items():
         assert result[name].sub(values).abs().max() < 1e-3, name
-    torch.testing.assert_close(result["kl"], kl_divergence(logvar, mu), atol=1e-2, rtol=0)
-    torch.testing.assert_close(result["bce"], bce, atol=0, rtol=1e-4)
+    torch.testing.assert_close(result["kl"], kl_by_latent(q, model.prior()).detach(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(result["bce"], -likelihood.log_prob(x), atol=0, rtol=1e-4)
 
 
 def test_draws_from_both_priors(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
-    """At temperature 0, the prior's mean or those of its components; at temperature 1, its own first two moments."""
+    """At temperature 0 they are the prior's mean or its components' means. At 1 they have its first two moments."""
     with torch.no_grad():
-        logvar, mu = models["vamp"].components()
-    moments = {"main": (torch.zeros(1, 5), torch.ones(1, 5)), "vamp": (mu, logvar.exp())}
+        mixture = models["vamp"].prior().components
+    moments = {"main": (torch.zeros(1, 5), torch.ones(1, 5)), "vamp": (mixture.mu, mixture.logvar.exp())}
     browser = show(page)
     for role, (means, variances) in moments.items():
         at_0, at_1 = torch.tensor(
@@ -161,7 +160,7 @@ def test_nearest_class_and_paths(page: str, show: Callable[..., Browser]):
     labels = torch.arange(60) % 4
     for z in torch.randn(20, 3):
         near = labels[(points - z).norm(dim=1).argsort()[:5]].tolist()
-        expected = max(near, key=near.count)  # the first of several, which is the nearest
+        expected = max(near, key=near.count)  # the nearest decides a tie
         assert browser.run(f"nearestClass({points.tolist()}, {labels.tolist()}, {z.tolist()})") == expected
     script = f"[0, 1, 4, 4.999999, 1.5].map(t => Array.from(closedPath({stops.tolist()}, t)))"
     at = torch.tensor(browser.run(script))
@@ -207,7 +206,7 @@ def covered_shares(strokes: list, pen: float, size: int = 28, fine: int = 4) -> 
 
 
 def test_drawings_are_normalized_as_mnist_is(page: str, show: Callable[..., Browser]):
-    """In a box of 20 pixels, their centre of mass in the middle, with pixels that are covered in part."""
+    """They fill a box of 20 pixels, their centre of mass is in the middle, and their edges are gray."""
     browser = show(page)
     pen = browser.run("PEN")
     for strokes in map(STROKES.get, "2478"):
@@ -253,7 +252,7 @@ def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[...,
 
 
 def pixels(browser: Browser, selector: str, rows: int = 0) -> Tensor:
-    """(H, W), in [0, 1]: what a canvas shows, or its first rows."""
+    """A canvas, or its first rows: (H, W) in [0, 1]."""
     data = browser.run(f"""(() => {{
         const canvas = document.querySelector("{selector}"), {{ width }} = canvas, height = {rows} || canvas.height;
         return [height, width, ...canvas.getContext("2d").getImageData(0, 0, width, height).data];
@@ -262,11 +261,11 @@ def pixels(browser: Browser, selector: str, rows: int = 0) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the sections do
+# The sections
 
 
 def latents(browser: Browser) -> list[float]:
-    """Where the walk is, as its sliders show too."""
+    """The walk's place, which its sliders show too."""
     z, shown = idle(browser, "[Array.from(walk.z), walk.sliders.map(slider => Number(slider.value))]")
     assert shown == pytest.approx(z, abs=0.006)
     return z
@@ -275,7 +274,7 @@ def latents(browser: Browser) -> list[float]:
 @pytest.mark.parametrize("touch", [False, True])
 def test_walk_follows_pointers(touch: bool, few: ImageData, show: Callable[..., Browser]):
     torch.manual_seed(0)
-    browser = show(evaluate.make_explorer(VAE(latent_size=3, hidden_size=16), few, "caption"))
+    browser = show(make.make_explorer(VAE(latent_size=3, hidden_size=16), few, "caption"))
     browser.resize(390, 844, phone=touch)
     first, second, third = browser.run("dots.fill([9, 9, 9]); dots[1] = [0.5, -1, 2]; map.order")
     mean = [0.5, -1, 2]
@@ -339,7 +338,7 @@ def test_walk_by_keys_and_in_flight(page: str, models: dict[str, VAE], show: Cal
         assert browser.run("document.getElementById('fly').textContent") == "Pause"
         browser.run("new Promise(done => setTimeout(done, 150))")
         distance = (stops[:, :2] * torch.tensor([100, -100]) - torch.tensor(marker())).norm(dim=1).min()
-        assert (distance < 1e-3) == still  # from stop to stop, where motion is not wanted
+        assert (distance < 1e-3) == still  # it jumps from stop to stop if motion is not wanted
         browser.key("Enter")
         idle(browser)
         stopped = marker()
@@ -355,8 +354,8 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser.key("ArrowDown")
     browser.run("document.getElementById('to-next').click(); document.getElementById('share').focus()")
     browser.key("ArrowRight")
-    start, end = (pixels(browser, f"#{name}").flatten() for name in ("from", "to"))
     share = idle(browser, "Number(document.getElementById('share').value)")
+    start, end = (pixels(browser, f"#{name}").flatten() for name in ("from", "to"))
     assert share == 0.51
     assert browser.run("document.querySelector('#share + span').textContent") == "51%"
     with torch.no_grad():
@@ -367,11 +366,11 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     torch.testing.assert_close(
         pixels(browser, "#mixed-pixels").flatten(), torch.lerp(start, end, share), atol=5e-3, rtol=0
     )
-    torch.testing.assert_close(pixels(browser, "#path-latents"), evaluate.tile(path, 1), atol=5e-3, rtol=0)
+    torch.testing.assert_close(pixels(browser, "#path-latents"), tile(path, 1), atol=5e-3, rtol=0)
     chosen = torch.tensor(browser.run("[1, 18].map(i => Array.from(images[i]))"))  # the first 1, and the second 8
     torch.testing.assert_close(torch.stack([start, end]), chosen, atol=5e-3, rtol=0)
     drawings = []
-    for name in ("from", "to"):  # which stay as they were when they were chosen
+    for name in ("from", "to"):  # a chosen drawing stays when another image follows
         browser.run("document.getElementById('next').click()")
         idle(browser)
         drawings.append(pixels(browser, "#read"))
@@ -407,27 +406,28 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     model = models["main"]
     idle(browser)
     x = pixels(browser, "#loss-image").view(1, -1)
-    with torch.no_grad():
-        _, logvar, mu = model.encode(x)
+    own = model.posterior(x)
     browser.run("document.querySelector('#loss-sliders input').focus()")
     browser.key("PageUp")
     browser.key("ArrowRight")
     latent = browser.run("main.order[0]")
-    moved = mu.clone()
-    moved[0, latent] = idle(browser, "Number(document.querySelector('#loss-sliders input').value)")
-    assert moved[0, latent] - mu[0, latent] == pytest.approx(0.81, abs=0.011)
+    mu = own.mu.detach().clone()
+    mu[0, latent] = idle(browser, "Number(document.querySelector('#loss-sliders input').value)")
+    assert (mu - own.mu)[0, latent].item() == pytest.approx(0.81, abs=0.011)
     bce, kl, total, before = numbers(browser.run("document.getElementById('nats').textContent"))
-    with torch.no_grad():
-        z = moved + torch.exp(0.5 * logvar) * torch.randn(4000, 5)
-        expected = -model.log_likelihood(model.outputs(z), x).mean().item()
-        z = mu + torch.exp(0.5 * logvar) * torch.randn(4000, 5)
-        expected_before = -model.log_likelihood(model.outputs(z), x).mean() + kl_divergence(logvar, mu).sum()
-    assert kl == pytest.approx(kl_divergence(logvar, moved).sum().item(), abs=0.06)
+
+    def terms(q: DiagonalNormal) -> tuple[float, Tensor]:
+        """The BCE, averaged over draws of z, and the KL of each latent."""
+        return -model.likelihood(q.rsample((4000,))).log_prob(x).mean().item(), kl_by_latent(q, model.prior())[0]
+
+    expected, kls = terms(DiagonalNormal(mu, own.logvar))
+    expected_before, kls_before = terms(own)
     assert bce == pytest.approx(expected, rel=5e-3)
+    assert kl == pytest.approx(kls.sum().item(), abs=0.06)
     assert total == pytest.approx(bce + kl, abs=0.11)
-    assert before == pytest.approx(expected_before.item(), rel=5e-3)
+    assert before == pytest.approx(expected_before + kls_before.sum().item(), rel=5e-3)
     by_latent = browser.run("document.querySelector('#loss-sliders span').textContent")
-    assert numbers(by_latent)[1] == pytest.approx(kl_divergence(logvar, moved)[0, latent].item(), abs=0.006)
+    assert numbers(by_latent)[1] == pytest.approx(kls[latent].item(), abs=0.006)
     browser.run("document.getElementById('reset').click()")
     _, _, total, before = numbers(idle(browser, "document.getElementById('nats').textContent"))
     assert total == before
@@ -468,23 +468,13 @@ def test_everything_is_named_and_legible(page: str, show: Callable[..., Browser]
     assert [role for role, name in named if not name] == []
 
 
-class OtherEncoder(nn.Module):
-    """Not of fully connected layers of model.Encoder's kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(560, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.layer(x)) + 1
-
-
 def test_sections_without_their_model_are_left_out(few: ImageData, show: Callable[..., Browser]):
-    """And images need not be square, nor classes be harmless."""
+    """Also tests images that are not square, and classes whose names are HTML."""
     classes = ["</script>", "<!--<script>", "a & b", *few.classes[3:]]
-    flat = replace(few, train_images=few.train_images[:, 4:24], test_images=few.test_images[:, 4:24], classes=classes)
+    flat = replace(few, train_images=few.train_images[..., 4:24, :], test_images=few.test_images[..., 4:24, :])
+    flat = replace(flat, classes=classes)
     model = VAE(input_size=560, hidden_size=16, latent_size=3)
-    browser = show(evaluate.make_explorer(model, flat, "of </script><b>digits"))
+    browser = show(make.make_explorer(model, flat, "of </script><b>digits"))
     legend = "[...document.querySelectorAll('#legend li')].slice(0, 3).map(item => item.textContent)"
     assert idle(browser, legend) == classes[:3]
     assert browser.run("document.getElementById('notes').textContent") == "of </script><b>digits"
@@ -492,73 +482,67 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
     links = "[...document.querySelectorAll('nav a')].map(link => link.hash.slice(1))"
     assert browser.run(sections) == browser.run(links) == ["draw", "walk", "mix", "sample", "loss"]
     assert pixels(browser, "#walked").shape == (20, 28)
-    with torch.no_grad():
-        expected = model.decode(model.encode(pixels(browser, "#read").view(1, -1))[2]).view(20, 28)
+    expected = model.reconstruct(pixels(browser, "#read")[None])[0]
     torch.testing.assert_close(pixels(browser, "#rebuilt"), expected, atol=5e-3, rtol=0)
 
-    model.encoder = OtherEncoder()
-    show(evaluate.make_explorer(model, flat, "caption"))
+    model.encoder = nn.Sequential(nn.Linear(560, 16), nn.Sigmoid())
+    show(make.make_explorer(model, flat, "caption"))
     assert idle(browser, sections) == browser.run(links) == ["walk", "mix", "sample"]
     assert browser.run("[...document.querySelectorAll('option')].some(option => option.value === 'drawing')") is False
-    start = pixels(browser, "#from").view(1, -1)
-    path = model.decode(model.encode(start)[2]).detach().view(20, 28)
-    torch.testing.assert_close(pixels(browser, "#path-latents")[:, :28], path, atol=5e-3, rtol=0)
+    expected = model.reconstruct(pixels(browser, "#from")[None])[0]
+    torch.testing.assert_close(pixels(browser, "#path-latents")[:, :28], expected, atol=5e-3, rtol=0)
 
 
-def test_the_committed_page_is_what_its_command_makes(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
+def test_the_committed_page_is_what_its_command_makes():
     page = PAGE.read_text()
     assert len(page.encode()) <= 8_000_000
-    assert not re.search(r"""(src|href|action)=["']?(?!["']?(#|data:,"))""", page)
+    assert not re.search(r"""(src|href|action)=["']?(?!["']?(#|data:,))""", page)
     assert not re.search(r"url\(|fetch\(|XMLHttp|import\(|WebSocket", page)
-    monkeypatch.setattr(make, "load_dataset", lambda name: digits)
-    assert make.make(PAGE.parent.parent / "weights") == page
+    assert make.make_index(WEIGHTS) == page
 
 
 def test_missing_weights(tmp_path: Path):
     with pytest.raises(UserError, match=r"default\.pt"):
-        make.make(tmp_path)
+        make.make_index(tmp_path)
+
+
+def with_part(name: str, part: nn.Module) -> VAE:
+    model = VAE(hidden_size=8)
+    setattr(model, name, part)
+    return model
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"), [({"latent_size": 1}, "two latents"), ({"hidden_size": 3000}, "million")]
+    ("make_model", "reason"),
+    [
+        (lambda: VAE(latent_size=1), "two latents"),
+        (lambda: VAE(hidden_size=3000), "million"),
+        (lambda: VAE(100), "other images"),
+        (VampVAE, "prior"),
+        (GrayVAE, "likelihood"),
+        (ConditionalVAE, "posterior"),
+        (lambda: with_part("decoder", nn.Linear(20, 784)), "decoder"),
+        (lambda: with_part("latent_z", nn.Linear(8, 20)), "posterior"),
+    ],
 )
-def test_what_the_explorer_refuses(config: dict, reason: str, digits: ImageData):
+def test_what_the_explorer_refuses(make_model: Callable[[], VAE], reason: str, few: ImageData):
     with pytest.raises(UserError, match=reason):
-        evaluate.make_explorer(VAE(**config), digits, "")
+        make.make_explorer(make_model(), few, "")
 
 
-class OtherMean(VAE):
-    def mean(self, outputs: Tensor) -> Tensor:
-        return outputs
+def test_the_explorer_refuses_colour(few: ImageData):
+    parts = {name: getattr(few, name).expand(-1, 3, -1, -1) for name in ("train_images", "test_images")}
+    with pytest.raises(UserError, match="colour"):
+        make.make_explorer(VAE(3 * 784), replace(few, **parts), "")
 
 
-class OtherPrior(VAE):
-    def log_prior(self, z: Tensor) -> Tensor:
-        return -z.abs().sum(-1)
-
-
-class OtherLikelihood(VAE):
-    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return -((outputs - targets) ** 2).sum(-1)
-
-
-@pytest.mark.parametrize("kind", [OtherMean, OtherPrior, OtherLikelihood])
-def test_refuses_what_it_could_not_compute(kind: type, digits: ImageData):
-    with pytest.raises(UserError, match="prior N"):
-        evaluate.make_explorer(kind(), digits, "")
-
-
-def test_best_likelihood_has_an_explorer():
-    """The recipe's sizes; and what it can't show is refused before anything is computed."""
-    evaluate.check_explorer(VAE(hidden_size=768, latent_size=50, decoder_layers=2, activation="silu"))
-
-
-def test_command_writes_the_explorer(few: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = VAE(hidden_size=8, latent_size=2)
-    utils.save_checkpoint(tmp_path / "a.pt", {"model": model.config, "model_state_dict": model.state_dict()})
-    args = [str(tmp_path / "a.pt"), "--dataset=mnist-5k", "--nll-samples=1", "--explorer"]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *args])
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
-    monkeypatch.setattr(evaluate, "draw_all", lambda *_: ())
-    evaluate.main()
-    assert "mnist-5k, binarize dynamic, latent size 2" in (tmp_path / "a" / "explorer.html").read_text()
+def test_command_writes_the_explorer(
+    few: ImageData, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(make, "load_dataset", lambda *_: few)
+    monkeypatch.setattr("sys.argv", ["make.py", shutil.copy(WEIGHTS / "best-likelihood.pt", tmp_path)])
+    make.main()
+    page = (tmp_path / "best-likelihood" / "explorer.html").read_text()
+    assert "mnist-5k, binarize dynamic, latent size 50, epoch 850" in page
+    assert "prior" in fails(make.main, shutil.copy(WEIGHTS / "vampprior.pt", tmp_path))
+    assert not (tmp_path / "vampprior").exists()

@@ -1,8 +1,9 @@
-"""Makes weights/NAME.pt of a run, in half precision: python weights/make.py runs/001-mnist-z20 default
+"""Makes weights/NAME.pt from a run, in half precision: python weights/make.py runs/001-mnist-z20 default
 
-Prints what that costs, and refuses where it is more than 0.01 nats.
+Prints what half precision costs, and refuses if that is more than 0.01 nats.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -19,26 +20,31 @@ KEPT = ("model", "class", "options", "checksum", "epoch")
 @utils.command
 def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="run folder or checkpoint file")
-    parser.add_argument("name", help="of the file to make, which must not be there")
-    parser.add_argument("--data-dir", default="data", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("run", help="run folder, checkpoint file, or folder of runs")
+    parser.add_argument("name", help="of the file to make, which must not exist")
+    parser.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets are read and downloaded")
     args = parser.parse_args()
     path = Path(__file__).parent / f"{args.name}.pt"
     if path.exists():
-        raise utils.UserError(f"{path} is there: delete it first")
+        raise utils.UserError(f"{path} exists: delete it first")
     whole, checkpoint = hubconf.load(args.run)
+    if missing := [name for name in KEPT if name not in checkpoint]:
+        raise utils.UserError(f"{args.run} is not a run of train.py: it lacks {', '.join(missing)}")
+    options, halved = checkpoint["options"], copy.deepcopy(whole)
     half = {name: tensor.half() for name, tensor in checkpoint["model_state_dict"].items()}
-    options = checkpoint["options"]
-    dataset = load_dataset(options["dataset"], args.data_dir, hold_out=options.get("hold_out", 0))
+    halved.load_state_dict(half)
+    dataset = load_dataset(options["dataset"], args.data_dir, options["image_size"], options.get("hold_out", 0))
+    before, after = (
+        evaluate(model, dataset.test_images, options["binarize"], labels=dataset.test_labels)
+        for model in (whole, halved)
+    )
+    loss = "neg_elbo" if after["nll"] is None else "nll"  # gray targets have no likelihood
+    cost = abs(after[loss] - before[loss])
+    if not cost <= 0.01:
+        raise utils.UserError(f"half precision moves {loss} by {cost:.4f} nats, more than 0.01: {path} is not made")
     utils.save_checkpoint(path, {name: checkpoint[name] for name in KEPT} | {"model_state_dict": half})
-    halved, _ = hubconf.load(path)
-    before, after = (evaluate(model, dataset.test_images, options["binarize"]) for model in (whole, halved))
-    cost = abs(after["nll"] - before["nll"])
-    if cost > 0.01:
-        path.unlink()
-        raise utils.UserError(f"half precision moves nll by {cost:.4f} nats, by more than 0.01: {path} is not made")
-    figures = f"neg_elbo {after['neg_elbo']:.2f}, nll {after['nll']:.2f} ({after['nll_samples']} samples)"
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {figures}; half precision moves nll by {cost:.4f} nats")
+    figures = ", ".join(f"{name} {after[name]:.2f}" for name in dict.fromkeys(("neg_elbo", loss)))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {figures}; half precision moves {loss} by {cost:.4f} nats")
 
 
 if __name__ == "__main__":
