@@ -58,6 +58,15 @@ def small(digits: ImageData) -> ImageData:
 
 
 @pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces what is compiled, as always, but then runs PyTorch's own operations, which need no C++ compiler."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    )
+
+
+@pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command's main with arguments that it must refuse with one line and exit code 2 -> that line."""
 

@@ -115,11 +115,13 @@ def assert_same_losses(run: Path, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Ordinary, Unusual])
-def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tmp_path: Path):
+def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tmp_path: Path, request):
     """From the same draws; the last batch is a smaller one, which is not compiled."""
+    if kind is Unusual:
+        request.getfixturevalue("quick_compiler")
     data = replace(small, train_images=small.train_images[:930], train_labels=small.train_labels[:930])
     unusual = {"objective": "iwae", "importance_samples": 3, "clip_grad_norm": 200.0}
-    unusual["precision"] = "highest"  # a normalization makes much of bfloat16's rounding
+    unusual["precision"] = "highest"  # a normalization amplifies bfloat16's rounding
     options = unusual if kind is Unusual else {"kl_warmup": 1.5}
     eager, compiled = (trained(kind, data, tmp_path, **options, compile=compile) for compile in (False, True))
     assert was_compiled(compiled)
@@ -132,8 +134,10 @@ def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tm
 
 
 @pytest.mark.parametrize("kind", [Ordinary, CountsInBuffer])
-def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData, tmp_path: Path):
+def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData, tmp_path: Path, request):
     """The resumed run is compiled too: otherwise it would be equal to rounding only."""
+    if kind is CountsInBuffer:
+        request.getfixturevalue("quick_compiler")
     run = tmp_path / "interrupted"
 
     def interrupt(model: VAE, history: list[dict]) -> None:
@@ -151,10 +155,11 @@ def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData,
     for ours, other in zip(*(adam.values() for adam in adams), strict=True):
         assert other["step"] == steps
         assert all(torch.equal(ours[name], other[name]) for name in other)
-    eager = trained(kind, small, tmp_path, 4, compile=False)
-    assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
     if kind is CountsInBuffer:
         assert expected["training_weights.calls"] == steps
+    else:
+        eager = trained(kind, small, tmp_path, 4, compile=False)
+        assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
 
 
 def warnings_in(capsys: pytest.CaptureFixture) -> list[str]:
@@ -170,7 +175,7 @@ def test_a_step_that_cannot_be_compiled_is_taken_all_the_same(small: ImageData, 
     assert all(torch.equal(value, plain[name]) for name, value in state(run).items())
 
 
-def test_a_step_that_no_longer_fits_is_taken_all_the_same(small: ImageData, tmp_path: Path, capsys):
+def test_a_step_that_no_longer_fits_is_taken_all_the_same(small: ImageData, tmp_path: Path, capsys, quick_compiler):
     """A Python number that changes would be compiled again for each value, until PyTorch gives up."""
     run = trained(Counts, small, tmp_path, epochs=4, compile=True)
     assert len(warnings_in(capsys)) == 1
@@ -179,7 +184,7 @@ def test_a_step_that_no_longer_fits_is_taken_all_the_same(small: ImageData, tmp_
     assert last < 0.7 * first
 
 
-def test_a_step_that_fails_at_any_time(small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_step_that_fails_at_any_time(small: ImageData, tmp_path: Path, monkeypatch, capsys, quick_compiler):
     """Whatever it raises, in the second epoch too."""
     calls, run_program = [], step.CompiledStep._try
 
@@ -202,7 +207,7 @@ def test_a_step_that_fails_at_any_time(small: ImageData, tmp_path: Path, monkeyp
     assert losses == pytest.approx(expected, rel=0.02)  # the step that failed has drawn its pixels again
 
 
-def test_any_number_of_runs_in_one_process_is_compiled(small: ImageData, tmp_path: Path):
+def test_any_number_of_runs_in_one_process_is_compiled(small: ImageData, tmp_path: Path, quick_compiler: None):
     """PyTorch compiles one code object for up to recompile_limit different sizes, by default 8."""
     with torch._dynamo.config.patch(recompile_limit=1):
         runs = [trained(Ordinary, small, tmp_path, 1, batch_size=size, compile=True) for size in (100, 200)]
@@ -267,7 +272,7 @@ def test_bfloat16_rounds_products_and_nothing_else():
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_bfloat16_follows_the_weights_as_they_change(compile: bool, small: ImageData, tmp_path: Path):
+def test_bfloat16_follows_the_weights_as_they_change(compile: bool, small: ImageData, tmp_path: Path, quick_compiler):
     """Losses stay float32's, but for rounding, while they halve: no step uses weights rounded in an earlier one."""
     precisions = ("bfloat16", "highest")
     run, reference = (trained(Ordinary, small, tmp_path, 6, precision=name, compile=compile) for name in precisions)

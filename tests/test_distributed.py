@@ -79,33 +79,29 @@ def test_gradients_and_test_losses_are_those_of_one_process(digits: ImageData, m
             assert torch.linalg.norm(gradients[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
 
 
-def resume(run: Path, epochs: int) -> None:
+def run_command(*args: str) -> None:
+    """python train.py, in this process."""
     train.draw = lambda *args: None
     train.load_dataset = lambda *args: torch.load("digits.pt", weights_only=False)
-    with utils.process_group():
-        train.resume(run, epochs=epochs)
+    sys.argv = ["train.py", *args]
+    train.main()
 
 
-def test_two_ranks_follow_one_process_and_one_goes_on_from_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "draw", lambda *args: None)
+def test_two_ranks_follow_one_process_and_one_continues_from_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And both when another objective takes over, with the second epoch."""
-    out_dir = tmp_path / "runs"
-    (tmp_path / "script.py").write_text(HEADER + "train.main()")
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    run = tmp_path / "runs" / "001-mnist-5k-z4"
     iwae = {"objective": "iwae", "importance_samples": 3, "elbo_epochs": 1}
     changed = [f"--{name.replace('_', '-')}={value}" for name, value in iwae.items()]
-    done = torchrun(2, tmp_path / "script.py", *ARGS, *changed, "--epochs=2", f"--out-dir={out_dir}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2/2") == done.stdout.count("done: now try") == 1
-    run = out_dir / "001-mnist-5k-z4"
-    assert len(list(out_dir.iterdir())) == 1
-    _, history, _ = train.train(**OPTIONS, **iwae, epochs=3, out_dir=out_dir)
+    printed = run_ranks(2, run_command, *ARGS, *changed, "--epochs=2")
+    assert [text.count("epoch 2/2") for text in printed] == [text.count("done: now try") for text in printed] == [1, 0]
+    assert list((tmp_path / "runs").iterdir()) == [run]
+    _, history, _ = train.train(**OPTIONS, **iwae, epochs=3, out_dir=tmp_path / "runs")
     _, resumed, _ = train.resume(run, epochs=3)
     for name in ("train_loss", "test_loss"):
-        assert [row[name] for row in resumed] == pytest.approx(
-            [row[name] for row in history], rel=0.04
-        )  # with other noise
-
-    run_ranks(2, resume, run, 4)
+        expected = [row[name] for row in history]
+        assert [row[name] for row in resumed] == pytest.approx(expected, rel=0.04)  # with other noise
+    run_ranks(2, run_command, f"--resume={run}", "--epochs=4")
     assert utils.load_checkpoint(run)[1]["epoch"] == 4
 
 

@@ -171,6 +171,7 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 @pytest.mark.parametrize("make_model", [conditional.make_model, vampprior.make_model])
+@pytest.mark.usefixtures("quick_compiler")
 def test_is_compiled(make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 1, "hidden_size": 16, "latent_size": 2, "batch_size": 100, "out_dir": tmp_path}

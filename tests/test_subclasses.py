@@ -54,8 +54,18 @@ def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData,
     assert (run / "metrics.csv").read_text().count("\n") == 5
 
 
+@pytest.mark.slow
 @kinds
 def test_compiled_is_eager_to_rounding(kind: type[VAE], small: ImageData, tmp_path: Path):
+    check_compiled(kind, small, tmp_path)
+
+
+@kinds
+def test_traced_is_eager_to_rounding(kind: type[VAE], small: ImageData, tmp_path: Path, quick_compiler: None):
+    check_compiled(kind, small, tmp_path)
+
+
+def check_compiled(kind: type[VAE], small: ImageData, tmp_path: Path) -> None:
     options = {"objective": "iwae", "importance_samples": 3} if kind is TwoLayers else {}
     (_, eager), (_, compiled) = (fit(kind, small, tmp_path, 2, compile=c, **options) for c in (False, True))
     assert utils.read_checkpoint(compiled)["options"]["compile"]
@@ -163,7 +173,7 @@ class Normalized(SmallVAE):
         self.encoder, self.spare = nn.Sequential(*layers), nn.Linear(2, 2)
 
 
-def test_buffers_and_idle_weights_are_resumed_too(small: ImageData, tmp_path: Path):
+def test_buffers_and_idle_weights_are_resumed_too(small: ImageData, tmp_path: Path, quick_compiler: None):
     for compile in (False, True):
         _, straight = fit(Normalized, small, tmp_path, 4, compile=compile)
         _, run = fit(Normalized, small, tmp_path, 2, compile=compile)
