@@ -95,7 +95,8 @@ class CompiledStep:
         clip_grad_norm: float | None,
     ):
         """objective: inputs, targets, y, kl_weight -> the loss and the negative ELBO. images are (N, ...) uint8."""
-        self.eager, self.images, self.labels = eager, images, labels
+        shape = images.shape[1:]
+        self.eager, self.images, self.labels = eager, images.flatten(1), labels  # flat images make faster code
         self.batch_size, self.binarization = min(batch_size, len(images)), binarization
         trainable = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
         for weight in trainable.values():
@@ -112,7 +113,8 @@ class CompiledStep:
 
         def whole_step(weights, buffers, adam, images, y, bits, rates, corrections):  # type: ignore[no-untyped-def]
             lr, kl_weight = rates.unbind()
-            batch = (*binarize(images, binarization, bits=bits), y, kl_weight)
+            inputs, targets = (x.view(-1, *shape) for x in binarize(images, binarization, bits=bits))
+            batch = inputs, targets, y, kl_weight
             gradients, (_, neg_elbo) = grad_and_value(loss, has_aux=True)(weights, buffers, *batch)
             if clip_grad_norm:
                 scale = (clip_grad_norm / nn.utils.get_total_norm(gradients.values())).clamp(max=1)
