@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -48,12 +48,11 @@ class ImageData:
                 images = images[:, None]
                 object.__setattr__(self, f"{part}_images", images)
             if images.dim() != 4 or len(images) < 2 or images.numel() == 0:
-                shape = f"of shape (N, C, H, W) with N > 1, not {tuple(images.shape)}"
-                raise UserError(f"the {part} images of {self.name} must be {shape}")
-            if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]):
-                raise UserError(f"the {part} labels of {self.name} must be a tensor of int64, one per image")
-            if not 0 <= labels.min() <= labels.max() < len(self.classes):
-                raise UserError(f"the {part} labels of {self.name} must be from 0 to {len(self.classes) - 1}")
+                shape = tuple(images.shape)
+                raise UserError(f"the {part} images of {self.name} must be (N, C, H, W) with N > 1, not {shape}")
+            fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+            if not (fits and 0 <= labels.min() <= labels.max() < len(self.classes)):
+                raise UserError(f"the {part} labels of {self.name} must be (N,) int64 in [0, {len(self.classes) - 1}]")
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise UserError(f"the training and test images of {self.name} must be of the same size")
 
@@ -68,10 +67,9 @@ class ImageData:
         return self.train_images[0].numel()
 
     def hold_out(self, n: int) -> "ImageData":
-        """Puts the last n training images in the test set's place, to choose settings on.
+        """Puts the last n training images (of a fixed shuffle if they are sorted by label) in the test set's place.
 
-        If they are sorted by label, takes the last n of a fixed shuffle instead. Changes nothing if n is 0 or n
-        images are held out already. Raises UserError unless at least two images are held out and two are left.
+        Changes nothing if n are held out already. Raises UserError unless at least two are held out and two are left.
         """
         if n == self.num_held_out:
             return self
@@ -81,8 +79,7 @@ class ImageData:
         order = torch.arange(len(self.train_images))
         if (self.train_labels.diff() >= 0).all():
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
-        kept, held = order.split([num_left, n])
-        parts = (self.train_images[kept], self.train_labels[kept], self.train_images[held], self.train_labels[held])
+        parts = [part[side] for side in order.split([num_left, n]) for part in (self.train_images, self.train_labels)]
         return ImageData(self.name, self.classes, *parts, num_held_out=n)
 
     def checksum(self) -> int:
@@ -106,66 +103,60 @@ def load_dataset(
     """
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
-
-    def load() -> ImageData:
-        return _load(name, Path(data_dir), image_size or 28, with_test_set=not hold_out).hold_out(hold_out)
-
+    arguments = name, Path(data_dir), image_size or 28, hold_out
     if rank_and_ranks()[1] == 1:
-        return load()
-    # The first process on each machine loads first, and so downloads for the others
+        return _load(*arguments)
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-    is_first = os.environ["LOCAL_RANK"] == "0"
+    is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, so it downloads for the others
     for turn in (True, False):
         if is_first == turn:
-            dataset = load()
+            dataset = _load(*arguments)
         dist.barrier(patient)
     return dataset
 
 
-def _load(name: str, data_dir: Path, image_size: int, with_test_set: bool) -> ImageData:
-    """Does load_dataset's work in one process. Without a test set, torchvision's training images stand in its place."""
+def _load(name: str, data_dir: Path, image_size: int, hold_out: int) -> ImageData:
+    """Loads in one process."""
     if name not in DATASETS:
-        return _load_path(Path(name), image_size)
+        return _load_path(Path(name), image_size).hold_out(hold_out)
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is a file, not a folder")
-    if name not in ("auto", "mnist-5k"):
-        return _load_from_torchvision(name, data_dir, with_test_set)
-    if name == "auto":
+    if name != "mnist-5k":
         try:
-            return _load_from_torchvision("mnist", data_dir, with_test_set)
+            return _load_from_torchvision("mnist" if name == "auto" else name, data_dir, hold_out)
         except DataUnavailable as reason:
+            if name != "auto":
+                raise
             what = "Using mnist-5k, the bundled 5,000 + 1,000 digits; results differ from those on the full MNIST"
             print(f"warning: {reason}. {what}", file=sys.stderr)
     with np.load(MNIST_5K) as arrays:
-        parts = (
-            torch.from_numpy(arrays[f"{part}_{what}"]) for part in ("train", "test") for what in ("images", "labels")
-        )
-        return ImageData("mnist-5k", [str(digit) for digit in range(10)], *parts)
+        keys = ("train_images", "train_labels", "test_images", "test_labels")
+        parts = [torch.from_numpy(arrays[key]) for key in keys]
+    return ImageData("mnist-5k", list("0123456789"), *parts).hold_out(hold_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # torchvision's data sets
 
 
-def _load_from_torchvision(name: str, data_dir: Path, with_test_set: bool) -> ImageData:
-    datasets = _import_torchvision_datasets(name)
-    constructors = {
-        "mnist": datasets.MNIST,
-        "fashion-mnist": datasets.FashionMNIST,
-        "kmnist": datasets.KMNIST,
-        "emnist-digits": functools.partial(datasets.EMNIST, split="digits"),
-    }
-    tensors = []
-    for train in (True, not with_test_set):
-        part = _read_or_download(functools.partial(constructors[name], str(data_dir), train=train), name, data_dir)
-        images, labels = part.data, part.targets
-        if images.shape[1:] != (28, 28) or len(images) != len(labels) or not 0 <= labels.max() < len(part.classes):
-            raise UserError(_damaged(name, data_dir))
+def _load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageData:
+    datasets, tensors = _import_torchvision_datasets(name), []
+    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
+    kind = kinds.get(name, functools.partial(datasets.EMNIST, split="digits"))
+    for train in (True, bool(hold_out)):  # with hold_out, the training images stand in the test set's place
+        try:
+            part = _read_or_download(functools.partial(kind, str(data_dir), train=train), name, data_dir)
+            images, labels = part.data, part.targets
+            if images.shape[1:] != (28, 28) or len(images) != len(labels) or not 0 <= labels.max() < len(part.classes):
+                raise ValueError
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            how = "delete them, and the next run downloads them again"
+            raise UserError(f"the files of {name} in {data_dir} are damaged: {how}") from error
         if name == "emnist-digits":  # stored with rows and columns exchanged
             images = images.transpose(1, 2)
         tensors += [images.contiguous(), labels]
     classes = [label.split(" - ")[0] for label in part.classes]  # torchvision's MNIST says "0 - zero"
-    return ImageData(name, classes, *tensors)
+    return ImageData(name, classes, *tensors).hold_out(hold_out)
 
 
 def _import_torchvision_datasets(name: str) -> Any:
@@ -180,10 +171,10 @@ def _import_torchvision_datasets(name: str) -> Any:
 def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -> Any:
     """Downloads only if files are missing, so that damaged files are reported as such."""
     try:
-        return construct(download=False)
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return construct()
+    except RuntimeError as error:
         if "not found" not in str(error):
-            raise UserError(_damaged(name, data_dir)) from error
+            raise
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets none and would wait forever behind some firewalls
     try:
@@ -196,34 +187,27 @@ def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) 
         socket.setdefaulttimeout(default_timeout)
 
 
-def _damaged(name: str, data_dir: Path) -> str:
-    return f"the files of {name} in {data_dir} are damaged: delete them, and the next run downloads them again"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Your own images
 
 
 def _load_path(path: Path, image_size: int) -> ImageData:
     """Uses a folder's train and test folders if it has both. Otherwise sets about a tenth of the images aside."""
-    if path.is_dir() and (path / "train").is_dir() and (path / "test").is_dir():
-        name = path.resolve().name
+    name = path.resolve().name if path.is_dir() else path.stem
+    if (path / "train").is_dir() and (path / "test").is_dir():
         classes, _, *train = _read_folder(path / "train", name, image_size)
         test_classes, _, images, labels = _read_folder(path / "test", name, image_size)
         if unknown := sorted(set(test_classes) - set(classes)):
             raise UserError(f"{path / 'test'} has classes that {path / 'train'} lacks: {', '.join(unknown)}")
         return ImageData(name, classes, *train, images, torch.tensor([classes.index(test_classes[i]) for i in labels]))
     if path.is_dir():
-        name = path.resolve().name
         classes, keys, images, labels = _read_folder(path, name, image_size)
     elif path.suffix == ".npz" and path.is_file():
-        name = path.stem
-        classes, keys, images, labels = _read_npz(path, name)
+        classes, keys, images, labels = _read_npz(path)
     else:
         what = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
-        raise UserError(
-            f"--dataset {path} {what}: choose from {', '.join(DATASETS)}, a folder of images or an .npz file"
-        )
+        choices = f"{', '.join(DATASETS)}, a folder of images or an .npz file"
+        raise UserError(f"--dataset {path} {what}: choose from {choices}")
     if len(images) < 4:
         raise UserError(f"{path} holds {len(images)} images: training and testing need at least two each")
     # Split by a hash of the name (in an .npz file, of the index), so that no image changes sides when others are added
@@ -235,10 +219,7 @@ def _load_path(path: Path, image_size: int) -> ImageData:
 
 
 def _read_folder(folder: Path, name: str, size: int) -> tuple[list[str], list[str], Tensor, Tensor]:
-    """Reads a folder's classes, file names, images (N, 1, size, size) and labels (N,), in the order of their names.
-
-    Its sub-folders are the classes; without any, there is one class, `name`.
-    """
+    """Reads a folder's classes (its folders, or else `name`), file names, images (N, 1, size, size) and labels (N,)."""
     from PIL import Image
 
     datasets, folder = _import_torchvision_datasets(str(folder)), folder.resolve()
@@ -248,8 +229,8 @@ def _read_folder(folder: Path, name: str, size: int) -> tuple[list[str], list[st
         raise UserError(f"{folder} holds folders, which would be classes, and images beside them, such as {beside[0]}")
     root, folders = (folder, classes) if classes else (folder.parent, [folder.name])
     try:
-        labels = {folder: label for label, folder in enumerate(folders)}
-        files = datasets.ImageFolder.make_dataset(str(root), labels, datasets.folder.IMG_EXTENSIONS)
+        indices = {name: i for i, name in enumerate(folders)}
+        files = datasets.ImageFolder.make_dataset(str(root), indices, datasets.folder.IMG_EXTENSIONS)
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a folder of images: {one_line(error)}") from error
     images = torch.empty(len(files), 1, size, size, dtype=torch.uint8)
@@ -282,8 +263,8 @@ def _to_gray_square(picture: Any, size: int) -> np.ndarray:
     return np.array(ImageOps.fit(picture.convert("L"), (size, size)))
 
 
-def _read_npz(path: Path, name: str) -> tuple[list[str], list[str], Tensor, Tensor]:
-    """Reads the classes, places, images and labels of an .npz file. Without labels, `name` is the class."""
+def _read_npz(path: Path) -> tuple[list[str], Iterable[str], Tensor, Tensor]:
+    """Reads an .npz file's classes (without labels, its name), places, images (N, H, W) and labels (N,)."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in ("images", "labels") if key in arrays}
@@ -294,11 +275,11 @@ def _read_npz(path: Path, name: str) -> tuple[list[str], list[str], Tensor, Tens
     images = arrays["images"]
     if images.dtype != np.uint8 or images.ndim != 3 or 0 in images.shape:
         raise UserError(f"{path}: images must be (N, H, W) of type uint8, not {images.shape} of type {images.dtype}")
-    labels = arrays.get("labels", np.full(len(images), name))
+    labels = arrays.get("labels", np.full(len(images), path.stem))
     if labels.shape != images.shape[:1]:
         raise UserError(f"{path}: labels must be ({len(images)},), one per image, not {labels.shape}")
     classes, labels = np.unique(labels, return_inverse=True)
-    places = list(map(str, range(len(images))))
+    places = map(str, range(len(images)))
     return [str(label) for label in classes], places, torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
@@ -347,9 +328,6 @@ def draw_bits(shape: torch.Size, device: torch.device, generator: torch.Generato
 
 
 def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Binarizes with one fixed sample, the same in every run and on every device, so that results are comparable.
-
-    (N, ...) uint8 -> input and target (N, ...), on the device of the images.
-    """
+    """Binarizes (N, ...) uint8 with one sample, the same in every run and on every device -> input, target (N, ...)."""
     inputs, targets = binarize(images.cpu(), mode, torch.Generator().manual_seed(0))
     return inputs.to(images.device), targets.to(images.device)

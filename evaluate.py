@@ -92,20 +92,15 @@ def posterior_means(model: VAE, test_set: Examples, batch_size: int = 1000) -> t
 def estimate_nll(
     model: VAE, test_set: Examples, num_samples: int = NLL_SAMPLES, seed: int = 0, batch_size: int = 50
 ) -> Tensor:
-    """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,), in nats.
-
-    Reseeds PyTorch. Memory does not grow with the number of samples: ten are drawn at a time, so that a batch's logits
-    stay in a CPU's cache.
-    """
+    """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,) nats. Reseeds PyTorch."""
     torch.manual_seed(seed)
     device, nll = test_set.inputs.device, []
     batches = list(zip(*(part.split(batch_size) for part in test_set), strict=True))
-    precision = choose_precision(device, 10 * batch_size)
-    with matmul_precision(precision, device):
+    with matmul_precision(choose_precision(device, 10 * batch_size), device):
         for inputs, targets, y in tqdm(batches, desc="nll", unit=" batches", leave=False, disable=None):
             q, p = model.posterior(inputs, y), model.prior(y)
             total = torch.tensor(-math.inf, device=device)
-            for start in range(0, num_samples, 10):
+            for start in range(0, num_samples, 10):  # so few that a batch's logits stay in a CPU's cache
                 log_weights = model.log_importance_weights(q, p, targets, min(10, num_samples - start), y)
                 total = torch.logaddexp(total, log_weights.logsumexp(0))  # the log of the sum of all weights so far
             nll.append(math.log(num_samples) - total)
@@ -141,35 +136,33 @@ def evaluate(
     size = model.config["input_size"]
     if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
         raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
-    if nll_samples < 1:
-        raise UserError(f"nll_samples must be 1 or more, not {nll_samples}")
     device = next(model.parameters()).device
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
     test_set = Examples(*binarize_test_set(images.to(device), binarize), labels.to(device))
+    return _measure(model, test_set, nll_samples, seed)
+
+
+def _measure(model: VAE, test_set: Examples, nll_samples: int, seed: int) -> dict[str, Any]:
+    if nll_samples < 1:
+        raise UserError(f"nll_samples must be 1 or more, not {nll_samples}")
     torch.manual_seed(seed)
     reconstruction, kl = elbo_terms(model, test_set)
     means, by_latent = posterior_means(model, test_set)
-    neg_elbo, neg_elbo_se = _mean_and_error(reconstruction + kl)
-    nll, nll_se = None, None
-    if is_likelihood(model, test_set):
-        nll, nll_se = _mean_and_error(estimate_nll(model, test_set, nll_samples, seed))
+    neg_elbo, num_images = reconstruction + kl, len(kl)
+    nll = estimate_nll(model, test_set, nll_samples, seed) if is_likelihood(model, test_set) else None
     return {
-        "neg_elbo": neg_elbo,
-        "neg_elbo_se": neg_elbo_se,
+        "neg_elbo": neg_elbo.mean().item(),
+        "neg_elbo_se": neg_elbo.std().item() / math.sqrt(num_images),
         "reconstruction": reconstruction.mean().item(),
         "kl": kl.mean().item(),
         "kl_per_latent": None if by_latent is None else by_latent.mean(0).tolist(),
-        "nll": nll,
-        "nll_se": nll_se,
+        "nll": None if nll is None else nll.mean().item(),
+        "nll_se": None if nll is None else nll.std().item() / math.sqrt(num_images),
         "nll_samples": nll_samples,
         "active_units": int(is_active(means).sum()),
         "latent_size": means.shape[1],
-        "num_images": len(images),
+        "num_images": num_images,
     }
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,44 +198,39 @@ def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int =
 def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
     """Straight walks in latent space between test images' posterior means, of different classes if there are any."""
     ends = in_turn(dataset.test_labels.tolist(), 10, backwards=True)
-    half, steps = max(1, len(ends) // 2), 11
-    start, end = torch.tensor(ends[:half]), torch.tensor(ends[-half:])
-    means = [model.posterior(test_set.inputs[i], test_set.labels[i]).mean for i in (start, end)]
-    shares = torch.linspace(0, 1, steps).to(means[0])[:, None, None]
-    z = torch.lerp(*means, shares).transpose(0, 1)  # (half, steps, latent_size)
-    y = torch.stack([test_set.labels[start if share < 0.5 else end] for share in shares.flatten()], 1)
-    names = [" to ".join(dataset.classes[label] for label in ends) for ends in y[:, [0, -1]].tolist()]
-    columns = [f"{share:.1f}" for share in shares.flatten().tolist()]
-    title = f"Decoded walks between test images' posterior means\n{caption}"
+    half, shares = len(ends) // 2, [step / 10 for step in range(11)]
+    first, last = ends[:half], ends[-half:]
+    y1, y2 = test_set.labels[first], test_set.labels[last]
+    z1, z2 = model.posterior(test_set.inputs[first], y1).mean, model.posterior(test_set.inputs[last], y2).mean
+    z = torch.stack([torch.lerp(z1, z2, share) for share in shares], 1)  # (half, 11, latent_size)
+    y = torch.stack([y1 if share < 0.5 else y2 for share in shares], 1)
     images = model.decode(z.flatten(0, 1), y.flatten())
-    figure = draw_tiles(images, half, dataset.shape, title, names, columns)
+    names = [f"{dataset.classes[start]} to {dataset.classes[end]}" for start, end in zip(y1, y2, strict=True)]
+    title = f"Decoded walks between test images' posterior means\n{caption}"
+    figure = draw_tiles(images, half, dataset.shape, title, names, [str(share) for share in shares])
     figure.axes[0].set_xlabel("share of the way")
     return figure
 
 
 def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
     """The test images' posterior means, coloured by class; above two latents, their first two principal components."""
-    means = posterior_means(model, test_set)[0].float().cpu()
-    labels, classes = test_set.labels.cpu(), [verbatim(name) for name in dataset.classes]
-    names = [f"$z_{i + 1}$" for i in range(means.shape[1])]
-    if means.shape[1] > 2:
-        centred = means - means.mean(0)
-        _, singular_values, directions = torch.linalg.svd(centred, full_matrices=False)
-        means = centred @ directions[:2].T
-        shares = singular_values**2 / (singular_values**2).sum()
-        names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
+    means, labels = posterior_means(model, test_set)[0].float().cpu(), test_set.labels.cpu()
+    names = ["$z_1$", "$z_2$"]
     if means.shape[1] == 1:
-        means, names = torch.cat([means, labels[:, None]], 1), [*names, "class"]
-
+        means, names = torch.cat([means, labels[:, None]], 1), ["$z_1$", "class"]
+    elif means.shape[1] > 2:
+        means = means - means.mean(0)
+        _, singular_values, directions = torch.linalg.svd(means, full_matrices=False)
+        means, shares = means @ directions[:2].T, singular_values**2 / (singular_values**2).sum()
+        names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
-    colors = class_colors(len(classes))
+    num_classes, colors = len(dataset.classes), class_colors(len(dataset.classes))
     axes.scatter(*means.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
-    shown = 40  # the legend has room for as many
-    for name, color in zip(classes[:shown], colors, strict=False):
-        axes.scatter([], [], color=color, label=f" {name}")  # matplotlib hides labels that begin with _
-    title = f"the first {shown} of {len(classes)} classes" if len(classes) > shown else None
-    legend = {"ncols": -(-min(shown, len(classes)) // 20), "fontsize": 10 if len(classes) <= 20 else 7}
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=title, **legend)
+    for name, color in zip(dataset.classes[:40], colors, strict=False):  # the legend has room for as many
+        axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _
+    title = f"the first 40 of {num_classes} classes" if num_classes > 40 else None
+    ncols, fontsize = (1, 10) if num_classes <= 20 else (2, 7)
+    axes.legend(title=title, ncols=ncols, fontsize=fontsize, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(xlabel=names[0], ylabel=names[1])
     return figure
 
@@ -252,17 +240,15 @@ def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> Figure:
     means, kl = posterior_means(model, test_set)
     if kl is None:
         raise ValueError("the KL has no closed form for each latent")
-    kl = kl.mean(0).cpu()
-    order = kl.argsort(descending=True)
+    kl, order = kl.mean(0).cpu().sort(descending=True)
     active = is_active(means).cpu()[order]
-    width = max(8, 0.4 * len(kl))
-    figure, axes = _new_figure(width, 6, f"KL of each latent dimension, over the test images\n{caption}")
-    positions = torch.arange(len(kl))
+    title = f"KL of each latent dimension, over the test images\n{caption}"
+    figure, axes = _new_figure(max(8, 0.4 * len(kl)), 6, title)
     for name, color, chosen in (("active", BLUE, active), ("not active", GRAY, ~active)):
         if chosen.any():
-            label = f"{name}: {int(chosen.sum())}"
-            axes.bar(positions[chosen].tolist(), kl[order][chosen].tolist(), color=color, label=label)
-    axes.set_xticks(positions.tolist(), [str(int(i) + 1) for i in order], fontsize=7)
+            bars = chosen.nonzero().flatten().tolist()
+            axes.bar(bars, kl[chosen].tolist(), color=color, label=f"{name}: {len(bars)}")
+    axes.set_xticks(range(len(kl)), [str(i + 1) for i in order.tolist()], fontsize=7)
     axes.set(xlabel="latent dimension, by its KL", ylabel="KL, nats per image", xlim=(-0.6, len(kl) - 0.4))
     axes.legend(frameon=False)
     return figure
@@ -280,17 +266,13 @@ def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20)
 
 @in_eval_mode
 def decode_manifold(model: VAE, steps: int) -> tuple[Tensor, tuple[list[float], list[float]]]:
-    """The tiles of draw_manifold (steps * steps, D), row by row, and the z_1 of each column and z_2 of each row.
-
-    The quantiles are exact for a DiagonalNormal, and otherwise those of 10,000 draws. A model that uses labels gets the
-    first one.
-    """
-    label = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
+    """The tiles of draw_manifold (steps * steps, D), row by row, and the z_1 of each column and z_2 of each row."""
+    label = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)  # the first label
     p = model.prior(label)
     shares = (torch.arange(steps, device=label.device) + 0.5) / steps
     if isinstance(p, DiagonalNormal):
         x, y = p.mu.flatten()[:, None] + torch.exp(0.5 * p.logvar.flatten())[:, None] * torch.special.ndtri(shares)
-    else:
+    else:  # no formula: take those of 10,000 draws
         x, y = torch.quantile(p.sample((10_000,)).flatten(0, -2), shares, dim=0).T
     z = torch.cartesian_prod(y.flip(0), x).flip(1)
     return model.decode(z, label.expand(len(z))), (x.tolist(), y.flip(0).tolist())
@@ -396,9 +378,8 @@ def draw_all(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -
 
 
 def _new_figure(columns: float, rows: float, title: str) -> tuple[Figure, Any]:
-    figure = Figure(
-        figsize=(max(5, 0.5 * columns + 1.6), 0.5 * rows + 1), layout="constrained"
-    )  # wide enough for the title
+    width = max(5, 0.5 * columns + 1.6)  # wide enough for the title
+    figure = Figure(figsize=(width, 0.5 * rows + 1), layout="constrained")
     axes = figure.subplots()
     axes.set_title(verbatim(title), fontsize=10)
     return figure, axes
@@ -420,12 +401,11 @@ def evaluate_run(
     seed: int = 0,
     hold_out: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run or a checkpoint file, prints its metrics, and writes metrics.json and the pictures.
+    """Evaluates a run or a checkpoint file, writes metrics.json and the pictures, and prints and returns the metrics.
 
-    Returns the metrics. A checkpoint of a subclass of VAE needs a `model` of that class. dataset, binarize and hold_out
-    (0: the test set) default to the run's, whose images must not have changed. If a data set is named, hold_out
-    defaults to 0. out_dir is the run folder, or a folder FILE for a checkpoint FILE.pt. Raises UserError for a bad
-    value or file, and OSError.
+    A checkpoint of a subclass of VAE needs a `model` of that class. dataset, binarize and hold_out (0: the test set)
+    default to the run's, whose images must not have changed; hold_out to 0 if a data set is named. out_dir is the run
+    folder, or a folder FILE for FILE.pt. Raises UserError for a bad value or file, and OSError.
     """
     device, path = utils.choose_device(device), utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path, model)
@@ -450,13 +430,13 @@ def evaluate_run(
     out_dir = Path(out_dir or (path.parent if path.name == "checkpoint.pt" else path.with_suffix("")))
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    model = model.to(device)
-    metrics = evaluate(model, dataset.test_images, binarize, nll_samples, seed, dataset.test_labels)
+    model, test_set = model.to(device), make_test_set(dataset, binarize, device)
+    metrics = _measure(model, test_set, nll_samples, seed)
     metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
     caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
     print_metrics(metrics, f"{path}: {caption}")
     utils.write_atomically(out_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    for name, figure in draw_all(model, dataset, make_test_set(dataset, binarize, device), caption):
+    for name, figure in draw_all(model, dataset, test_set, caption):
         save_figure(figure, out_dir / name)
         print(f"wrote {out_dir / name}")
     return metrics
@@ -483,13 +463,11 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
         print("These figures are not likelihoods: some targets are outside the likelihood's support (gray pixels, say)")
     print(f"  neg_elbo        {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
     print(f"    reconstruction{metrics['reconstruction']:8.2f}")
-    if metrics["kl_per_latent"] is None:
-        print(f"    kl            {metrics['kl']:8.2f}, estimated from one draw per image (no closed form available)")
-    else:
-        print(f"    kl            {metrics['kl']:8.2f}, by latent, sorted:")
-        kls = [f"{kl:5.2f}" for kl in sorted(metrics["kl_per_latent"], reverse=True)]
-        for start in range(0, len(kls), 10):
-            print(" " * 18 + " ".join(kls[start : start + 10]))
+    kls = sorted(metrics["kl_per_latent"] or [], reverse=True)
+    how = "by latent, sorted:" if kls else "estimated from one draw per image (no closed form available)"
+    print(f"    kl            {metrics['kl']:8.2f}, {how}")
+    for start in range(0, len(kls), 10):
+        print(" " * 18 + " ".join(f"{kl:5.2f}" for kl in kls[start : start + 10]))
     if metrics["nll"] is not None:
         how = f"standard error {metrics['nll_se']:.2f}, {metrics['nll_samples']:,} importance samples"
         print(f"  nll             {metrics['nll']:8.2f} nats per image, {how}")

@@ -234,12 +234,9 @@ def train_epoch(
     num_images: int,
     epoch: int,
     options: Namespace,
-    after_step: Callable[[int], None] = lambda _: None,
+    check_signals: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """One pass over the images in a new order, with one step per batch.
-
-    Returns each step's negative ELBO, in nats: (steps,). Calls after_step with the size of each batch.
-    """
+    """One pass over the images in a new order -> the negative ELBO of each step, one per batch, in nats: (steps,)."""
     rank, ranks = rank_and_ranks()
     device = next(model.parameters()).device
     utils.seed_epoch(options.seed, epoch)
@@ -254,12 +251,13 @@ def train_epoch(
     neg_elbos = torch.empty(len(batches), device=device)  # read when the epoch ends, so the CPU never waits for a GPU
     stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
     model.train()
+    bar = tqdm(batches, f"epoch {epoch}", unit=" steps", leave=False, disable=None if rank == 0 else True)
     with matmul_precision(options.precision, device):
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(bar):
             neg_elbos[i] = step(batch[rank::ranks], rates[i])
             if options.average and i % stride == 0:
                 update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
-            after_step(len(batch))
+            check_signals()
     return utils.sum_over_ranks(neg_elbos).cpu()
 
 
@@ -277,7 +275,7 @@ def fit(
     With --no-average they are one and the same.
     """
     rank, _ = rank_and_ranks()
-    history, device = checkpoint["history"], utils.choose_device(options.device)
+    history, device, checksum = checkpoint["history"], utils.choose_device(options.device), dataset.checksum()
     if rank == 0:
         print(start_line(dataset, average, options, run, len(history)))
     images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
@@ -286,21 +284,14 @@ def fit(
     model = copy.deepcopy(average) if options.average else average
     optimizer = restore(model, checkpoint, options)
     is_likelihood, step = evaluate.is_likelihood(average, test_set), None
-    total, done = options.epochs * len(images), len(history) * len(images)
-    bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=None if rank == 0 else True)
-    with utils.hold_signals() as check_signals, matmul_precision("medium", device), bar:
-
-        def after_step(num_images: int) -> None:
-            bar.update(num_images)
-            check_signals()
-
+    with utils.hold_signals() as check_signals, matmul_precision("medium", device):
         for epoch in range(len(history) + 1, options.epochs + 1):
             if step is None or epoch == options.elbo_epochs + 1:
                 is_iwae = options.objective == "iwae" and epoch > options.elbo_epochs
                 num_samples = options.importance_samples if is_iwae else None
                 step = make_step(model, optimizer, images, labels, options, num_samples)
             started = time.perf_counter()
-            neg_elbos = train_epoch(step, model, average, len(images), epoch, options, after_step)
+            neg_elbos = train_epoch(step, model, average, len(images), epoch, options, check_signals)
             seconds = time.perf_counter() - started
             losses = neg_elbos.double().sum().item() / len(images), *compute_test_losses(average.eval(), test_set)
             check_finite(neg_elbos, losses, epoch, run)
@@ -309,8 +300,8 @@ def fit(
                 continue
             # A resumed run then makes the same choice
             options.compile = isinstance(step, CompiledStep) and step.program is not None
-            save(run, average, model, optimizer, options, dataset, history)
-            tqdm.write(epoch_line(history[-1], options.epochs, is_likelihood))
+            save(run, average, model, optimizer, options, checksum, history)
+            print(epoch_line(history[-1], options.epochs, is_likelihood), flush=True)
             if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
                 draw(run, average, dataset, test_set, options, history)
             if on_epoch:
@@ -397,9 +388,7 @@ def train(
     if isinstance(model, VAE) and (fixed := sorted(options.keys() & {*SIZES, "init"})):
         raise UserError(f"{', '.join(map(flag, fixed))}: only for a new model; the one given has its own")
     options = make_options(dataset=dataset.name if isinstance(dataset, ImageData) else dataset, **options)
-    prepare(options)
-    dataset = open_dataset(dataset, options)
-    model = build(model or VAE, dataset, options)
+    dataset, model = set_up(dataset, model or VAE, options)
     complete(options, dataset, model)
     checkpoint = {"history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
@@ -446,9 +435,8 @@ def resume(
         raise damaged from error
     if options.epochs < epoch:
         raise UserError(f"{path} is already trained for {epoch} epochs: pass a larger --epochs to continue")
-    prepare(options)
-    dataset = open_dataset(dataset or options.dataset, options)
-    model = utils.load_weights(checkpoint, path, model and build(model, dataset, options))
+    dataset, model = set_up(dataset or options.dataset, model, options)
+    model = utils.load_weights(checkpoint, path, model)
     check_model(model, dataset, options)
     evaluate.check_same_images(checkpoint, dataset, path)
     try:
@@ -464,8 +452,11 @@ def resume(
     return model, history, path.parent
 
 
-def prepare(options: Namespace) -> None:
-    """Sets up PyTorch. Raises UserError if this machine lacks what the options ask for."""
+def set_up(dataset: str | Path | ImageData, model: Model | None, options: Namespace) -> tuple[ImageData, VAE | None]:
+    """Sets up PyTorch, and turns train's arguments into a data set and a model, which the options then name.
+
+    Raises UserError if the machine lacks what the options ask for, or the model does not fit the data.
+    """
     utils.choose_device(options.device)
     _, ranks = rank_and_ranks()
     if options.batch_size < ranks:
@@ -474,10 +465,6 @@ def prepare(options: Namespace) -> None:
     # slower than others. This must happen before PyTorch starts its threads, which inherit it.
     torch.set_flush_denormal(True)
     Distribution.set_default_validate_args(False)  # validation waits for a GPU and stops compilation
-
-
-def open_dataset(dataset: str | Path | ImageData, options: Namespace) -> ImageData:
-    """The images to train on. Records in the options which they are, so that a resumed run finds them again."""
     if isinstance(dataset, ImageData):
         dataset = dataset.hold_out(options.hold_out or dataset.num_held_out)
         options.dataset = dataset.name
@@ -486,18 +473,14 @@ def open_dataset(dataset: str | Path | ImageData, options: Namespace) -> ImageDa
         dataset = load_dataset(name, options.data_dir, options.image_size, options.hold_out)
         options.dataset = dataset.name if name in DATASETS else str(Path(name).resolve())
     options.hold_out = dataset.num_held_out
-    return dataset
-
-
-def build(model: Model, dataset: ImageData, options: Namespace) -> VAE:
-    """Turns train's `model` argument into a VAE. Raises UserError if it does not fit the data."""
-    if not isinstance(model, VAE):
+    if model is not None and not isinstance(model, VAE):
         utils.seed_epoch(options.seed, 0)
         model = make_vae(dataset, options, model) if isinstance(model, type) else model(dataset, options)
         if options.init == "burda2016":
             initialize(model, dataset.train_images.flatten(1))
-    check_model(model, dataset, options)
-    return model
+    if model is not None:
+        check_model(model, dataset, options)
+    return dataset, model
 
 
 def complete(options: Namespace, dataset: ImageData, model: VAE) -> None:
@@ -592,13 +575,7 @@ def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: 
 
 
 def save(
-    run: Path,
-    average: VAE,
-    model: VAE,
-    optimizer: torch.optim.Optimizer,
-    options: Namespace,
-    dataset: ImageData,
-    history: History,
+    run: Path, average: VAE, model: VAE, optimizer: Any, options: Namespace, checksum: int, history: History
 ) -> None:
     """Writes checkpoint.pt, from which everything else in the run folder can be made again, and metrics.csv."""
     optimizer.param_groups[0]["lr"] = options.lr  # the plain number; the next step sets the schedule's
@@ -609,7 +586,7 @@ def save(
         "class": utils.class_name(average),
         "training_weights": model.state_dict(),
         "options": {name: value for name, value in vars(options).items() if name not in PLACES},
-        "checksum": dataset.checksum(),
+        "checksum": checksum,
         "epoch": len(history),
         "history": history,
     }

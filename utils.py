@@ -45,8 +45,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Prints the description as it is, and the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        has_none = action.default in (None, argparse.SUPPRESS)
-        return action.help if has_none else f"{action.help} (default: {action.default})"
+        return action.help + ("" if action.default in (None, argparse.SUPPRESS) else f" (default: {action.default})")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -65,13 +64,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def number(kind: type, low: float, high: float) -> Callable[[Any], Any]:
-    """An argparse type: an int or a float from low to high, given as text or as a number."""
+def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: an int or a float from low to high."""
 
-    def parse(value: Any) -> Any:
-        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
-            parsed = kind(value)
-            if low <= parsed <= high and (isinstance(value, str) or parsed == value) and not isinstance(value, bool):
+    def parse(value: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if low <= (parsed := kind(value)) <= high:
                 return parsed
         what = f"whole number from {low} to {high}" if kind is int else f"number from {low:g} to {high:g}"
         raise argparse.ArgumentTypeError(f"must be a {what}, not {value}")
@@ -140,13 +138,8 @@ def hold_signals() -> Iterator[Callable[[], None]]:
         if received:
             raise Interrupted(received[0])
 
-    if threading.current_thread() is not threading.main_thread():
-        yield check
-        return
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield check
         check()
@@ -160,10 +153,7 @@ def hold_signals() -> Iterator[Callable[[], None]]:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called auto, cpu, cuda or mps; auto is the first of cuda, mps and cpu that this machine has.
-
-    Raises UserError where the machine has no such device.
-    """
+    """The device of that name; auto is the first of cuda, mps and cpu. Raises UserError if this machine lacks it."""
     available = {"cuda": has_gpus(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device in available if available[device])
@@ -250,18 +240,14 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads the checkpoint of a run folder or a file, with its tensors on the CPU. Runs no code in the file.
-
-    Raises UserError if the file is damaged or is not such a checkpoint.
-    """
+    """Reads the checkpoint of a run or a file to the CPU. Runs no code in it. Raises UserError if it is damaged."""
     path = checkpoint_path(path)
     data = path.read_bytes()
     try:
         if data[:4] == b"PK\3\4":  # files of old versions of PyTorch have no checksums
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-                if unpacked > len(data) or archive.testzip():  # compressed, or with a wrong checksum
-                    raise ValueError
+            archive = zipfile.ZipFile(io.BytesIO(data))
+            if sum(member.file_size for member in archive.infolist()) > len(data) or archive.testzip():
+                raise ValueError("it is compressed, or a checksum is wrong")
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load does not document what it raises for a damaged file
         raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
@@ -269,7 +255,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {"model", "model_state_dict"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this VAE: it has no model and model_state_dict")
     for name, kind in kinds.items():
-        if name in checkpoint and not isinstance(checkpoint[name], kind):
+        if not isinstance(checkpoint.get(name, kind()), kind):
             raise UserError(f"{path} is not a checkpoint of this VAE: its {name} is of another type")
     return checkpoint
 
@@ -277,9 +263,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, dict[str, Any]]:
     """Loads the checkpoint of a run folder or a file -> the model, in eval mode, and the checkpoint's dict.
 
-    A checkpoint of a subclass needs a `model` of that class to load into; no class is imported because a file names it.
-    A file needs only model and model_state_dict, as in checkpoints of the repository that this one grew from; the rest
-    is for resuming. Raises UserError if the file is damaged or does not fit the model.
+    A subclass's checkpoint needs a `model` of that class to load into: no class is imported because a file names it.
+    A file needs only model and model_state_dict, as the repository that this one grew from wrote them. Raises UserError
+    if the file is damaged or does not fit the model.
     """
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
@@ -289,11 +275,9 @@ def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, di
 def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = None) -> VAE:
     """Does what load_checkpoint does, for a checkpoint that has been read."""
     name, config, weights = checkpoint.get("class", "VAE"), checkpoint["model"], checkpoint["model_state_dict"]
-    # Only the names of the classes count, because a module may be run as __main__ or imported
-    if name.split(".")[-1] != class_name(model).split(".")[-1] or ("." in name) != ("." in class_name(model)):
-        how = (
-            f"run the script that defines it with --resume, or load_checkpoint(path, model={name.split('.')[-1]}(...))"
-        )
+    # The module's name does not count, because a module may be run as __main__ or imported
+    if name.rpartition(".")[1:] != class_name(model).rpartition(".")[1:]:
+        how = f"run its script with --resume, or load_checkpoint(path, model={name.split('.')[-1]}(...))"
         raise UserError(f"{path} is of the class {name}, not {class_name(model)}: {how}")
     is_new = model is None
     try:
@@ -318,13 +302,11 @@ def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
     if others := like.keys() ^ tensors.keys():
         raise ValueError(f"unexpected or missing tensors: {', '.join(sorted(map(str, others)))}")
     for name, tensor in tensors.items():
-        expected = like[name]
         # A tensor that is not contiguous may repeat one value, and so claim any size
         is_whole = isinstance(tensor, Tensor) and tensor.is_contiguous() and not tensor.is_meta
-        if not is_whole or tensor.shape != expected.shape:
-            raise ValueError(f"its {name} is not a tensor of shape {tuple(expected.shape)}")
-        if tensor.is_floating_point() != expected.is_floating_point():
-            raise ValueError(f"its {name} is not a tensor of {expected.dtype}")
+        shape, dtype = like[name].shape, like[name].dtype
+        if not is_whole or tensor.shape != shape or tensor.is_floating_point() != dtype.is_floating_point:
+            raise ValueError(f"its {name} is not a tensor of shape {tuple(shape)} and type {dtype}")
 
 
 def class_name(model: VAE | None) -> str:
@@ -338,7 +320,7 @@ def class_name(model: VAE | None) -> str:
 
 
 def checkpoint_path(run: str | Path) -> Path:
-    """The checkpoint file of a run folder, of the newest run in a folder of runs, or the file itself.
+    """The checkpoint of a run folder, of the newest run in a folder of runs, or the file itself.
 
     Raises UserError if there is none.
     """

@@ -381,7 +381,7 @@ def main() -> None:
         add(utils.flag(name), metavar="X", help="as for train.py")
     args = parser.parse_args()
     options = train_options(args)
-    train.prepare(options)
+    torch.set_flush_denormal(True)  # as train.py does, before PyTorch starts its threads
     options.device = utils.choose_device(options.device).type
     args = Namespace(**vars(args) | vars(options))
     dataset = first_images(data.load_dataset(args.dataset, args.data_dir), args.images)

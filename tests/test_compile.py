@@ -184,6 +184,28 @@ def test_a_step_that_no_longer_fits_is_taken_all_the_same(small: ImageData, tmp_
     assert last < 0.7 * first
 
 
+def test_a_step_that_no_longer_fits_is_not_compiled_again(small: ImageData, tmp_path: Path, monkeypatch):
+    programs, compile = [], torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        programs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, fullgraph=True, dynamic=False, backend=backend))
+    trained(Counts, small, tmp_path, epochs=4, compile=True)
+    assert len(programs) == 1
+
+
+def test_it_takes_adams_epsilon_from_the_options(small: ImageData, tmp_path: Path, quick_compiler: None):
+    eager, compiled, other = (
+        trained(Ordinary, small, tmp_path, 2, compile=compile, adam_eps=eps)
+        for compile, eps in ((False, 100.0), (True, 100.0), (True, 1e-8))
+    )
+    assert_same_losses(compiled, eager)
+    with pytest.raises(AssertionError):
+        assert_same_losses(other, eager)
+
+
 def test_a_step_that_fails_at_any_time(small: ImageData, tmp_path: Path, monkeypatch, capsys, quick_compiler):
     """Whatever it raises, in the second epoch too."""
     calls, run_program = [], step.CompiledStep._try

@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
 import evaluate
 import train
 import utils
 from data import ImageData
 from model import VAE, DiagonalNormal
 from tests.conftest import run_ranks, thinned
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"hidden_size": 32, "latent_size": 4, "dataset": "mnist-5k", "device": "cpu"}
@@ -157,3 +160,50 @@ train.main()
     done = torchrun(2, tmp_path / "script.py", *ARGS, "--epochs=50", f"--out-dir={tmp_path / 'runs'}")
     assert done.returncode != 0
     assert utils.load_checkpoint(tmp_path / "runs" / "001-mnist-5k-z4")[1]["epoch"] == 2
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "rank_and_ranks", lambda: (0, 3))
+    train.set_up(digits, None, train.make_options(batch_size=3))
+    with pytest.raises(UserError, match="--batch-size must be 3 or more"):
+        train.set_up(digits, None, train.make_options(batch_size=2))
+
+
+def load_in_turn() -> None:
+    """Reads a data set that the first process takes a while to download."""
+    downloaded, rank = Path("downloaded"), os.environ["LOCAL_RANK"]
+
+    def load(*args: object, **kwargs: object) -> ImageData:
+        if rank == "0":
+            time.sleep(0.5)
+            downloaded.touch()
+        assert downloaded.exists()
+        return torch.load("digits.pt", weights_only=False)
+
+    data._load = load
+    with utils.process_group():
+        assert len(data.load_dataset("mnist").train_images) == 5000
+
+
+def test_the_first_process_downloads_for_the_others():
+    run_ranks(2, load_in_turn)
+
+
+class Shaded(VAE):
+    """Has a buffer in which ranks differ."""
+
+    def __init__(self):
+        super().__init__(784, 8, 2)
+        self.register_buffer("shade", torch.zeros(()))
+
+
+def losses_with_other_buffers(images: ImageData) -> None:
+    with utils.process_group():
+        model = Shaded()
+        model.shade.fill_(utils.rank_and_ranks()[0])
+        train.compute_test_losses(model, evaluate.make_test_set(images, "threshold"))
+        assert model.shade == 0
+
+
+def test_every_rank_tests_with_the_first_ones_buffers(digits: ImageData):
+    run_ranks(2, losses_with_other_buffers, thinned(digits, 10))

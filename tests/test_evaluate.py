@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributions import Bernoulli, Normal
+from torch.distributions import Bernoulli, Independent, Normal
 
 import evaluate
+import train
 import utils
 from data import ImageData, binarize
 from evaluate import Examples, make_test_set
 from model import VAE, loss_criterion
+from tests.conftest import thinned
 
 
 @pytest.fixture(scope="module")
@@ -225,14 +227,47 @@ def test_interpolations_start_and_end_at_the_images(trained: VAE, digits: ImageD
     assert labels == [f"{i} to {i + 5}" for i in range(5)]
 
 
+class Shaded(VAE):
+    """Draws an image of one shade for each class."""
+
+    def likelihood(self, z: torch.Tensor, y: torch.Tensor | None = None) -> Independent:
+        logits = (y / 10).logit(1e-4)[:, None].expand(*z.shape[:-1], 784)
+        return Independent(Bernoulli(logits=logits), 1)
+
+
+def test_walks_change_labels_in_the_middle(digits: ImageData):
+    model, test_set = Shaded(784, 4, 2), make_test_set(digits, "dynamic")
+    walks = picture(evaluate.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
+    start, end = (torch.arange(5) / 10).clamp(1e-4), torch.arange(5, 10) / 10
+    torch.testing.assert_close(walks, torch.stack([start] * 5 + [end] * 6, 1))
+
+
+def test_samples_of_few_classes_have_labels_that_exist(digits: ImageData):
+    labels = {f"{part}_labels": getattr(digits, f"{part}_labels") % 3 for part in ("train", "test")}
+    three = replace(digits, classes=["a", "b", "c"], **labels)
+    shades = picture(evaluate.draw_prior_samples(Shaded(784, 4, 2), three, ""), 10).mean((1, 2, 3))
+    torch.testing.assert_close(shades, (torch.arange(10) % 3 / 10).clamp(1e-4))
+
+
+def test_a_run_is_evaluated_with_its_labels(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
+    few_digits, model = thinned(digits, 10), Shaded(784, 4, 2)
+    _, _, run = train.train(few_digits, model, epochs=1, lr=1e-9, out_dir=tmp_path)
+    metrics = evaluate.evaluate_run(run, model, few_digits, nll_samples=1)
+    expected = evaluate.evaluate(model, few_digits.test_images, nll_samples=1, labels=few_digits.test_labels)
+    assert {name: metrics[name] for name in expected} == expected
+
+
+def test_one_gray_target_is_enough_to_be_no_likelihood():
+    targets = torch.zeros(3, 4)
+    model, labels = VAE(4, 2, 1), torch.zeros(3, dtype=torch.int64)
+    assert evaluate.is_likelihood(model, Examples(targets, targets, labels))
+    targets[2, 3] = 0.5
+    assert not evaluate.is_likelihood(model, Examples(targets, targets, labels))
+
+
 def test_labels_reach_the_pictures_and_the_metrics(digits: ImageData):
-    class Shaded(VAE):
-        """Draws an image of one shade for each class."""
-
-        def likelihood(self, z: torch.Tensor, y: torch.Tensor | None = None) -> Bernoulli:
-            logits = (y / 10).logit(1e-4)[:, None].expand(*z.shape[:-1], 784)
-            return torch.distributions.Independent(Bernoulli(logits=logits), 1)
-
     model, test_set = Shaded(784, 4, 2), make_test_set(digits, "dynamic")
     samples = picture(evaluate.draw_prior_samples(model, digits, ""), 10).mean((2, 3))
     torch.testing.assert_close(samples, (torch.arange(10) / 10).clamp(1e-4)[:, None].expand(10, 10))

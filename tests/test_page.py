@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import evaluate
+import train
 from assets.page import BROWSER, Browser, open_browser
-from data import ImageData
+from data import ImageData, load_dataset
 from docs import make
 from evaluate import tile
 from experiments.conditional import ConditionalVAE
@@ -546,3 +548,13 @@ def test_command_writes_the_explorer(
     assert "mnist-5k, binarize dynamic, latent size 50, epoch 850" in page
     assert "prior" in fails(make.main, shutil.copy(WEIGHTS / "vampprior.pt", tmp_path))
     assert not (tmp_path / "vampprior").exists()
+
+
+def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    _, _, run = train.train(few_digits, epochs=1, hidden_size=8, latent_size=3, hold_out=60, out_dir=tmp_path)
+    content = make.explore(run / "checkpoint.pt", "data")
+    held = load_dataset(str(few_digits), hold_out=60)
+    labels = json.loads(re.search(r'"labels":(\[[\d,]*\])', content)[1])
+    assert labels == [int(held.test_labels[i]) for i in evaluate.in_turn(held.test_labels.tolist(), 2000)]
+    assert "60 held-out training images" in content

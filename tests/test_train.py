@@ -127,6 +127,49 @@ def test_every_epoch_has_an_order_and_pixels_of_its_own(digits: ImageData):
     assert (pixels != other_pixels)[is_gray].float().mean() > 0.3  # of fair coins, a half
 
 
+def test_schedules_go_on_within_an_epoch():
+    """From 0 at the very first step, in equal parts of an epoch."""
+    schedules = {"lr": 2.0, "lr_schedule": "cosine", "epochs": 4, "beta": 3.0, "kl_warmup": 2.5}
+    options, seen = train.make_options(batch_size=250, precision="highest", **schedules), []
+    model = VAE(4, 2, 2)
+
+    def step(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        seen.append(rates)
+        return torch.zeros(())
+
+    for epoch in (1, 2, 3):
+        train.train_epoch(step, model, copy.deepcopy(model), 1000, epoch, options)
+    expected = [[1 + math.cos(math.pi * i / 16), min(3, 3 * i / 10)] for i in range(12)]
+    torch.testing.assert_close(torch.stack(seen), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "sizes"),
+    [(11, 5, [5, 6]), (12, 5, [5, 5, 2]), (3, 1, [1, 1, 1]), (4, 9, [4]), (1, 5, [1])],
+)
+def test_a_last_batch_of_one_joins_the_one_before(num_images: int, batch_size: int, sizes: list[int]):
+    """Because normalizations need two. Batches of one are taken if they are asked for."""
+    seen, model = [], VAE(4, 2, 2)
+
+    def step(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        seen.append(batch)
+        return torch.zeros(())
+
+    options = train.make_options(batch_size=batch_size, precision="highest")
+    train.train_epoch(step, model, copy.deepcopy(model), num_images, 1, options)
+    assert [len(batch) for batch in seen] == sizes
+    assert torch.cat(seen).sort().values.tolist() == list(range(num_images))
+
+
+def test_without_an_average_adams_weights_are_kept(tmp_path: Path):
+    model, history, run = train.train(**SMALL, epochs=2, lr=1e-2, average=False, out_dir=tmp_path)
+    weights = saved(run)["training_weights"]
+    assert all(torch.equal(value, weights[name]) for name, value in saved(run)["model_state_dict"].items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert history[1]["test_loss"] < history[0]["test_loss"]
+    assert not model.training
+
+
 def test_initialize(digits: ImageData):
     """Glorot & Bengio's uniform law (2010, eq. 16), and a decoder that, of nothing, makes the mean image."""
     torch.manual_seed(0)
@@ -397,6 +440,15 @@ def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:] or [0]))
     train.train(out_dir=str(tmp_path))
     assert epochs == [150, 20]
+
+
+def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
+    _, (row,), _ = train.train(**SMALL, epochs=1, out_dir=tmp_path)
+    assert row["images_per_second"] * row["seconds"] == pytest.approx(1000)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1"))
+    told = [float(word.replace(",", "")) for word in re.findall(r"[\d,]+\.?\d*", line.removeprefix("epoch 1/1"))]
+    names = ("train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second")
+    assert told == pytest.approx([row[name] for name in names], rel=1e-3, abs=0.5)
 
 
 def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture):
