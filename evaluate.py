@@ -15,12 +15,9 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from matplotlib import color_sequences, colormaps
-from matplotlib.figure import Figure  # not pyplot, which needs a backend
-from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +26,9 @@ from data import BINARIZE, DATASETS, ImageData, binarize_test_set, check_bytes, 
 from model import VAE, DiagonalNormal, kl_by_latent
 from step import choose_precision, matmul_precision
 from utils import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported where it is used: it takes a third of a second
 
 NLL_SAMPLES = 100
 BLUE, ORANGE, GRAY = "#3f90da", "#ffa90e", "#94a4a2"
@@ -170,7 +170,7 @@ def _measure(model: VAE, test_set: Examples, nll_samples: int, seed: int) -> dic
 
 
 @in_eval_mode
-def draw_reconstructions(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
+def draw_reconstructions(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
     """Ten test images, of as many different classes as possible, with the encoder's input and the reconstructions."""
     chosen = in_turn(dataset.test_labels.tolist(), 10)
     inputs, y = test_set.inputs[chosen], test_set.labels[chosen]
@@ -184,7 +184,7 @@ def draw_reconstructions(model: VAE, dataset: ImageData, test_set: Examples, cap
 
 
 @in_eval_mode
-def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int = 0) -> Figure:
+def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int = 0) -> "Figure":
     """The decoded means of a hundred draws of the prior, the same for the same seed. Each row has one label."""
     device = next(model.parameters()).device
     y = torch.arange(10, device=device).repeat_interleave(10) % len(dataset.classes)
@@ -195,7 +195,7 @@ def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int =
 
 
 @in_eval_mode
-def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
+def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
     """Straight walks in latent space between test images' posterior means, of different classes if there are any."""
     ends = in_turn(dataset.test_labels.tolist(), 10, backwards=True)
     half, shares = len(ends) // 2, [step / 10 for step in range(11)]
@@ -212,7 +212,7 @@ def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, capt
     return figure
 
 
-def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Figure:
+def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
     """The test images' posterior means, coloured by class; above two latents, their first two principal components."""
     means, labels = posterior_means(model, test_set)[0].float().cpu(), test_set.labels.cpu()
     names = ["$z_1$", "$z_2$"]
@@ -235,7 +235,7 @@ def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, captio
     return figure
 
 
-def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> Figure:
+def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> "Figure":
     """The mean KL of each latent over the test images, sorted. Raises ValueError where it has no closed form."""
     means, kl = posterior_means(model, test_set)
     if kl is None:
@@ -254,7 +254,7 @@ def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> Figure:
     return figure
 
 
-def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20) -> Figure:
+def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20) -> "Figure":
     """A two-dimensional latent space decoded at equal quantiles of the prior (Kingma & Welling 2014, figure 4)."""
     images, (x, y) = decode_manifold(model, steps)
     rows, columns = ([f"{value:.1f}" for value in values] for values in (y, x))
@@ -278,8 +278,11 @@ def decode_manifold(model: VAE, steps: int) -> tuple[Tensor, tuple[list[float], 
     return model.decode(z, label.expand(len(z))), (x.tolist(), y.flip(0).tolist())
 
 
-def draw_curves(history: list[dict[str, float]], caption: str) -> Figure:
+def draw_curves(history: list[dict[str, float]], caption: str) -> "Figure":
     """Training and test loss over the epochs, and the test loss's two terms, from the rows of metrics.csv."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
     figure = Figure(figsize=(9, 3), layout="constrained")
     figure.suptitle(verbatim(f"Training curves: {caption}"), fontsize=10)
     panels = {
@@ -310,7 +313,7 @@ def draw_tiles(
     title: str,
     row_labels: list[str] | None = None,
     column_labels: list[str] | None = None,
-) -> Figure:
+) -> "Figure":
     """(rows * columns, ...) images in [0, 1] of shape (C, H, W) as one picture, row by row."""
     _, height, width = shape
     figure, axes = _new_figure(len(images) // rows, rows, title)
@@ -337,6 +340,8 @@ def verbatim(text: str) -> str:
 
 def class_colors(num_classes: int) -> list[Any]:
     """A colour for each class; up to ten can be told apart by the colour-blind too (arXiv 2107.02270)."""
+    from matplotlib import color_sequences, colormaps
+
     if num_classes <= 10:
         return list(color_sequences["petroff10"])[:num_classes]
     return list(colormaps["turbo"](torch.linspace(0, 1, num_classes).tolist()))
@@ -357,14 +362,14 @@ def describe(dataset: ImageData, binarization: str, model: VAE, epoch: int | Non
     return f"{what}{dataset.name}, binarize {binarization}, latent size {model.config['latent_size']}{after}{held_out}"
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as PNG, atomically. Raises OSError."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     utils.write_atomically(path, buffer.getvalue())
 
 
-def draw_all(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Iterator[tuple[str, Figure]]:
+def draw_all(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Iterator[tuple[str, "Figure"]]:
     """The file name and figure of each picture that applies to this model."""
     means, kl = posterior_means(model, Examples(*(part[:2] for part in test_set)))
     yield "reconstructions.png", draw_reconstructions(model, dataset, test_set, caption)
@@ -377,7 +382,9 @@ def draw_all(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -
         yield "manifold.png", draw_manifold(model, dataset, caption)
 
 
-def _new_figure(columns: float, rows: float, title: str) -> tuple[Figure, Any]:
+def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure  # not pyplot, which needs a backend
+
     width = max(5, 0.5 * columns + 1.6)  # wide enough for the title
     figure = Figure(figsize=(width, 0.5 * rows + 1), layout="constrained")
     axes = figure.subplots()
