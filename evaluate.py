@@ -420,19 +420,7 @@ def evaluate_run(
     binarize = binarize or options.get("binarize", "dynamic")
     if binarize not in BINARIZE:
         raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
-    is_the_runs = dataset is None and hold_out is None
-    if hold_out is None:
-        hold_out = 0 if isinstance(dataset, str | Path) else options.get("hold_out", 0)
-    if isinstance(dataset, ImageData):
-        dataset = dataset.hold_out(hold_out or dataset.num_held_out)
-    else:
-        name = str(dataset or options.get("dataset", "auto"))
-        is_folder = name not in DATASETS and Path(name).is_dir()
-        image_size = math.isqrt(model.config["input_size"]) if is_folder else None
-        dataset = load_dataset(name, data_dir, image_size, hold_out)
-    check_images(model, dataset)
-    if is_the_runs:
-        check_same_images(checkpoint, dataset, path)
+    dataset = _open_test_data(model, checkpoint, path, dataset, data_dir, hold_out)
     # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
     out_dir = Path(out_dir or (path.parent if path.name == "checkpoint.pt" else path.with_suffix("")))
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -447,6 +435,31 @@ def evaluate_run(
         save_figure(figure, out_dir / name)
         print(f"wrote {out_dir / name}")
     return metrics
+
+
+def _open_test_data(
+    model: VAE,
+    checkpoint: dict[str, Any],
+    path: Path,
+    dataset: str | ImageData | None,
+    data_dir: str | Path,
+    hold_out: int | None,
+) -> ImageData:
+    """The data set to evaluate a checkpoint on, with evaluate_run's defaults."""
+    options, is_the_runs = checkpoint.get("options", {}), dataset is None and hold_out is None
+    if hold_out is None:
+        hold_out = 0 if isinstance(dataset, str | Path) else options.get("hold_out", 0)
+    if isinstance(dataset, ImageData):
+        dataset = dataset.hold_out(hold_out or dataset.num_held_out)
+    else:
+        name = str(dataset or options.get("dataset", "auto"))
+        is_folder = name not in DATASETS and Path(name).is_dir()
+        image_size = math.isqrt(model.config["input_size"]) if is_folder else None
+        dataset = load_dataset(name, data_dir, image_size, hold_out)
+    check_images(model, dataset)
+    if is_the_runs:
+        check_same_images(checkpoint, dataset, path)
+    return dataset
 
 
 def check_images(model: VAE, dataset: ImageData) -> None:
@@ -484,7 +497,7 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
 def add_nll_samples(parser: utils.ArgumentParser) -> None:
     """Adds the option --nll-samples to a command."""
     help = "importance samples for each image"
-    parser.add_argument("--nll-samples", type=utils.count, default=NLL_SAMPLES, metavar="K", help=help)
+    parser.add_argument("--nll-samples", type=utils.count, default=NLL_SAMPLES, help=help)
 
 
 @utils.command
@@ -495,11 +508,11 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data", help="where data sets are read and downloaded")
     parser.add_argument("--binarize", choices=BINARIZE, help="input and target (default: the run's, else dynamic)")
     hold_out = "test on the last N training images, or with 0 on the test set (default: as in training)"
-    parser.add_argument("--hold-out", type=utils.number(int, 0, 2**31), metavar="N", help=hold_out)
+    parser.add_argument("--hold-out", type=utils.number(int, 0, 2**31), help=hold_out)
     add_nll_samples(parser)
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     parser.add_argument("--out-dir", help="where to write (default: the run folder, or FILE/ for FILE.pt)")
-    parser.add_argument("--seed", type=utils.number(int, 0, 2**40), default=0, metavar="N", help="of the draws of z")
+    parser.add_argument("--seed", type=utils.number(int, 0, 2**40), default=0, help="of the draws of z")
     evaluate_run(**vars(parser.parse_args()))
 
 

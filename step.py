@@ -99,9 +99,10 @@ class CompiledStep:
         self.eager, self.images, self.labels = eager, images.flatten(1), labels  # flat images make faster code
         self.batch_size, self.binarization = min(batch_size, len(images)), binarization
         trainable = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
-        for weight in trainable.values():
-            zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-            optimizer.state[weight] = optimizer.state[weight] or zeros | {"step": torch.zeros((), device=weight.device)}
+        for weight in trainable.values():  # Adam makes its state in the first step, but the program needs it now
+            if not optimizer.state[weight]:
+                zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+                optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **zeros}
         self.weights = {name: weight.detach() for name, weight in trainable.items()}  # the same memory
         self.buffers = dict(objective.named_buffers())
         self.adam = [optimizer.state[weight] for weight in trainable.values()]
@@ -128,14 +129,18 @@ class CompiledStep:
         self.program: Callable[..., Tensor] | None = program
         tqdm.write("compiling the training step, which takes up to half a minute (--no-compile skips it)")
         sys.stdout.flush()
-        state = [*self.weights.values(), *self.buffers.values(), *(x for state in self.adam for x in state.values())]
-        before = [tensor.clone() for tensor in state]
-        self._try(torch.arange(self.batch_size, device=images.device), torch.ones(2, device=images.device))
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
+        self._try_out()
         # Never recompile, which takes as long every time: a call that does not fit fails and goes to the eager step
         if self.program:
             self.program = torch.compiler.set_stance("fail_on_recompile")(program)
+
+    def _try_out(self) -> None:
+        """Takes one step, which compiles the program, and undoes it."""
+        state = [*self.weights.values(), *self.buffers.values(), *(x for state in self.adam for x in state.values())]
+        before = [tensor.clone() for tensor in state]
+        self._try(torch.arange(self.batch_size, device=self.images.device), torch.ones(2, device=self.images.device))
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
 
     def __call__(self, batch: Tensor, rates: Tensor) -> Tensor:
         neg_elbo = self._try(batch, rates) if self.program and len(batch) == self.batch_size else None

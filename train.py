@@ -65,71 +65,46 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     add = parser.add_argument_group("data").add_argument
     names = f"{', '.join(DATASETS[1:])}, or the path of a folder of images or of an .npz file"
     auto = "auto is mnist, or mnist-5k where mnist is unavailable"
-    add("--dataset", type=text, default="auto", metavar="NAME", help=f"{names}; {auto}")
-    add("--image-size", type=count, metavar="N", help="width and height of a folder's pictures (default: 28)")
     modes = "dynamic: sampled pixels; threshold: gray input, black and white target; none: gray"
+    add("--dataset", type=text, default="auto", help=f"{names}; {auto}")
+    add("--image-size", type=count, help="width and height of a folder's pictures (default: 28)")
     add("--binarize", choices=BINARIZE, default="dynamic", help=modes)
-    add("--hold-out", type=whole, default=0, metavar="N", help="test on the last N training images, to choose settings")
-    add("--data-dir", type=text, default="data", metavar="DIR", help="where data sets are read from and downloaded to")
+    add("--hold-out", type=whole, default=0, help="test on the last N training images, to choose settings")
+    add("--data-dir", type=text, default="data", help="where data sets are read from and downloaded to")
 
     add = parser.add_argument_group("model").add_argument
-    layers = number(int, 1, 1000)
-    add("--hidden-size", type=count, default=512, metavar="N", help="width of the hidden layers")
-    add("--latent-size", type=count, default=20, metavar="N", help="dimensions of z")
-    add("--encoder-layers", type=layers, default=2, metavar="N", help="hidden layers of the encoder")
-    add("--decoder-layers", type=layers, default=1, metavar="N", help="hidden layers of the decoder")
-    add("--activation", choices=ACTIVATIONS, default="relu", help="after each hidden layer")
     glorot = "burda2016: Glorot-uniform weights, and the mean image as the output's bias"
+    add("--hidden-size", type=count, default=512, help="width of the hidden layers")
+    add("--latent-size", type=count, default=20, help="dimensions of z")
+    add("--encoder-layers", type=number(int, 1, 1000), default=2, help="hidden layers of the encoder")
+    add("--decoder-layers", type=number(int, 1, 1000), default=1, help="hidden layers of the decoder")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="after each hidden layer")
     add("--init", choices=("pytorch", "burda2016"), default="pytorch", help=glorot)
 
     add = parser.add_argument_group("training").add_argument
-    schedules, eps = (
-        ("constant", "cosine", "burda2016"),
-        "Adam's epsilon (gradients are sums over the batch, not means)",
-    )
-    add("--epochs", type=count, metavar="N", help="passes over the training set (default: 20, and 150 on mnist-5k)")
-    add("--batch-size", type=count, default=128, metavar="N", help="images per step")
-    add("--lr", type=positive, default=1.5e-3, metavar="X", help="Adam's step size")
+    schedules = ("constant", "cosine", "burda2016")
+    add("--epochs", type=count, help="passes over the training set (default: 20, and 150 on mnist-5k)")
+    add("--batch-size", type=count, default=128, help="images per step")
+    add("--lr", type=positive, default=1.5e-3, help="Adam's step size")
     add("--lr-schedule", choices=schedules, default="constant", help="cosine falls to 0 at the last epoch")
-    add("--adam-eps", type=positive, default=1e-8, metavar="X", help=eps)
-    add(
-        "--clip-grad-norm", type=positive, metavar="X", help="scale a step's gradient down to this norm if it is larger"
-    )
-    average = "evaluate and keep a running average of the weights"
-    add("--average", action=BooleanOptionalAction, default=True, help=average)
-    add("--seed", type=number(int, 0, 2**40), default=0, metavar="N", help="random seed")
+    add("--adam-eps", type=positive, default=1e-8, help="Adam's epsilon (gradients are sums over the batch, not means)")
+    add("--clip-grad-norm", type=positive, help="scale a step's gradient down to this norm if it is larger")
+    add("--average", action=BooleanOptionalAction, default=True, help="keep a running average of the weights")
+    add("--seed", type=number(int, 0, 2**40), default=0, help="random seed")
 
     add = parser.add_argument_group("objective").add_argument
-    add(
-        "--objective",
-        choices=("elbo", "iwae"),
-        default="elbo",
-        help="the bound to train on: the ELBO, or the IWAE's (Burda et al. 2016)",
-    )
-    add("--importance-samples", type=count, default=1, metavar="K", help="draws of z per image for --objective iwae")
-    add("--elbo-epochs", type=whole, default=0, metavar="N", help="epochs on the ELBO before the IWAE takes over")
-    add(
-        "--beta", type=nonnegative, default=1.0, metavar="X", help="weight of the KL in training, not in printed losses"
-    )
-    add(
-        "--kl-warmup",
-        type=nonnegative,
-        default=0.0,
-        metavar="N",
-        help="epochs over which the KL's weight rises from 0 to beta",
-    )
+    add("--objective", choices=("elbo", "iwae"), default="elbo", help="the bound to train on (Burda et al. 2016)")
+    add("--importance-samples", type=count, default=1, help="draws of z per image for --objective iwae")
+    add("--elbo-epochs", type=whole, default=0, help="epochs on the ELBO before the IWAE takes over")
+    add("--beta", type=nonnegative, default=1.0, help="weight of the KL in training, not in printed losses")
+    add("--kl-warmup", type=nonnegative, default=0.0, help="epochs over which the KL's weight rises to beta")
 
     add = parser.add_argument_group("computation").add_argument
     how = f"compile the step (default: for {STEPS_WORTH_COMPILING:,} steps or more, on a CPU with a C++ compiler)"
-    add(
-        "--device",
-        choices=utils.DEVICES,
-        default="auto",
-        help="auto is the first of cuda, mps and cpu that is available",
-    )
+    add("--device", choices=utils.DEVICES, default="auto", help="auto is the first of cuda, mps and cpu available")
     add("--compile", action=BooleanOptionalAction, help=how)
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the fastest on this machine)")
-    add("--out-dir", type=text, default="runs", metavar="DIR", help="where run folders are created")
+    add("--out-dir", type=text, default="runs", help="where run folders are created")
     parser.set_defaults(**defaults)
     return parser
 
@@ -418,31 +393,13 @@ def resume(
     interrupted. They also equal those of a run started with the larger `epochs`, if the learning rate is constant and
     both were compiled or neither was. Returns and raises as train does.
     """
-    path = utils.on_rank_0(lambda: utils.checkpoint_path(run))
-    if path.name != "checkpoint.pt":
-        raise UserError(f"--resume continues a run folder and replaces its checkpoint.pt: {path} is not one")
-    if fixed := sorted(changes.keys() - {*RESUMABLE}):
-        names = ", ".join(map(flag, fixed))
-        raise UserError(f"a resumed run keeps its own {names}: --resume takes {', '.join(map(flag, RESUMABLE))}")
-    checkpoint = utils.on_rank_0(lambda: utils.read_checkpoint(path))
-    damaged = UserError(f"{path} cannot be resumed, only evaluated: its training state is damaged or missing")
-    try:
-        changes = {name: value for name, value in changes.items() if value is not None}
-        saved = {name: value for name, value in checkpoint["options"].items() if name not in PLACES}
-        options = make_options(**saved | changes)
-        epoch, history = checkpoint["epoch"], checkpoint["history"]
-    except (KeyError, TypeError) as error:
-        raise damaged from error
-    if options.epochs < epoch:
-        raise UserError(f"{path} is already trained for {epoch} epochs: pass a larger --epochs to continue")
+    path, checkpoint, options = read_run(run, changes)
+    epoch, history = checkpoint["epoch"], checkpoint["history"]
     dataset, model = set_up(dataset or options.dataset, model, options)
     model = utils.load_weights(checkpoint, path, model)
     check_model(model, dataset, options)
     evaluate.check_same_images(checkpoint, dataset, path)
-    try:
-        check_training_state(checkpoint, model)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise damaged from error
+    check_training_state(checkpoint, path, model)
     if epoch == options.epochs and rank_and_ranks()[0] == 0:
         print(f"{path}: already trained for {epoch} epochs; outputs rewritten. Pass a larger --epochs to continue.")
         write_table(path.parent, history)
@@ -450,6 +407,26 @@ def resume(
     elif epoch < options.epochs:
         fit(model, checkpoint, options, dataset, path.parent, on_epoch)
     return model, history, path.parent
+
+
+def read_run(run: str | Path, changes: dict[str, Any]) -> tuple[Path, dict[str, Any], Namespace]:
+    """Reads a run to resume -> its checkpoint's path, the checkpoint, and its options with the changes."""
+    path = utils.on_rank_0(lambda: utils.checkpoint_path(run))
+    if path.name != "checkpoint.pt":
+        raise UserError(f"--resume continues a run folder and replaces its checkpoint.pt: {path} is not one")
+    if fixed := sorted(changes.keys() - {*RESUMABLE}):
+        names = ", ".join(map(flag, fixed))
+        raise UserError(f"a resumed run keeps its own {names}: --resume takes {', '.join(map(flag, RESUMABLE))}")
+    checkpoint = utils.on_rank_0(lambda: utils.read_checkpoint(path))
+    if missing := {"options", "epoch", "history", "training_weights", "optimizer_state_dict"} - checkpoint.keys():
+        raise UserError(f"{path} cannot be resumed, only evaluated: it has no {', '.join(sorted(missing))}")
+    changes = {name: value for name, value in changes.items() if value is not None}
+    saved = {name: value for name, value in checkpoint["options"].items() if name not in PLACES}
+    options = make_options(**saved | changes)
+    if (options.epochs or 0) < checkpoint["epoch"]:
+        epochs = checkpoint["epoch"]
+        raise UserError(f"{path} is already trained for {epochs} epochs: pass a larger --epochs to continue")
+    return path, checkpoint, options
 
 
 def set_up(dataset: str | Path | ImageData, model: Model | None, options: Namespace) -> tuple[ImageData, VAE | None]:
@@ -548,16 +525,18 @@ def check_model(model: VAE, dataset: ImageData, options: Namespace) -> None:
             raise UserError(f"{name}.{what} has shape {tuple(value.shape)}, not {shape}, for {sizes}")
 
 
-def check_training_state(checkpoint: dict[str, Any], model: VAE) -> None:
-    """Raises ValueError or another error if training cannot continue from a checkpoint."""
-    history = checkpoint["history"]
-    if [row["epoch"] for row in history] != list(range(1, checkpoint["epoch"] + 1)):
-        raise ValueError("its history does not match its epoch")
-    utils.check_tensors(checkpoint["training_weights"], model.state_dict())
-    state = checkpoint["optimizer_state_dict"]["state"]
-    for i, weight in enumerate(model.parameters()):
-        if i in state:
-            utils.check_tensors(state[i], {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight})
+def check_training_state(checkpoint: dict[str, Any], path: Path, model: VAE) -> None:
+    """Raises UserError if training cannot continue from a checkpoint."""
+    try:
+        if [row["epoch"] for row in checkpoint["history"]] != list(range(1, checkpoint["epoch"] + 1)):
+            raise ValueError("its history does not match its epoch")
+        utils.check_tensors(checkpoint["training_weights"], model.state_dict())
+        state = checkpoint["optimizer_state_dict"]["state"]
+        for i, weight in enumerate(model.parameters()):
+            if i in state:
+                utils.check_tensors(state[i], {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight})
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be resumed, only evaluated: {utils.one_line(error)}") from error
 
 
 def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: Path) -> None:

@@ -42,7 +42,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Prints the description as it is, and the default of each option that has one."""
+    """Prints the description as it is, the default of each option that has one, and N or X for its number."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "metavar", action.dest.upper())
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help + ("" if action.default in (None, argparse.SUPPRESS) else f" (default: {action.default})")
@@ -74,6 +77,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
         what = f"whole number from {low} to {high}" if kind is int else f"number from {low:g} to {high:g}"
         raise argparse.ArgumentTypeError(f"must be a {what}, not {value}")
 
+    parse.metavar = "N" if kind is int else "X"
     return parse
 
 

@@ -8,7 +8,6 @@ import torch
 
 import utils
 from model import VAE
-from step import CudaGraph
 from utils import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,27 +49,6 @@ def test_every_seed_epoch_and_rank_has_draws_of_its_own():
         assert torch.equal(first, torch.rand(3))
         draws.add(tuple(first.tolist()))
     assert len(draws) == 27
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_graph_calls_its_function():
-    state = torch.zeros(3, device="cuda")
-
-    def function(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        state.add_(x.sum())
-        return x * scale + torch.rand(len(x), device="cuda")
-
-    call = CudaGraph(function)
-    results = []
-    for i in range(8):
-        x = torch.full((5 if i % 3 else 4,), float(i), device="cuda")
-        results.append(call(x, torch.tensor(10.0, device="cuda")).tolist())
-    assert state.tolist() == [sum(i * (5 if i % 3 else 4) for i in range(8))] * 3
-    for i, result in enumerate(results):
-        assert len(result) == (5 if i % 3 else 4)
-        assert all(10 * i <= value < 10 * i + 1 for value in result)
-    draws = [value % 1 for result in results for value in result]
-    assert len(set(draws)) == len(draws)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
