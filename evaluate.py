@@ -420,7 +420,7 @@ def evaluate_run(
     binarize = binarize or options.get("binarize", "dynamic")
     if binarize not in BINARIZE:
         raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
-    dataset = _open_test_data(model, checkpoint, path, dataset, data_dir, hold_out)
+    dataset = open_test_data(model, checkpoint, path, data_dir, dataset, hold_out)
     # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
     out_dir = Path(out_dir or (path.parent if path.name == "checkpoint.pt" else path.with_suffix("")))
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -437,15 +437,18 @@ def evaluate_run(
     return metrics
 
 
-def _open_test_data(
+def open_test_data(
     model: VAE,
     checkpoint: dict[str, Any],
     path: Path,
-    dataset: str | ImageData | None,
-    data_dir: str | Path,
-    hold_out: int | None,
+    data_dir: str | Path = "data",
+    dataset: str | ImageData | None = None,
+    hold_out: int | None = None,
 ) -> ImageData:
-    """The data set to evaluate a checkpoint on, with evaluate_run's defaults."""
+    """The data set to evaluate a checkpoint on: by default the run's own, with the images that it held out.
+
+    Raises UserError if the images do not fit the model, or the run's own have changed.
+    """
     options, is_the_runs = checkpoint.get("options", {}), dataset is None and hold_out is None
     if hold_out is None:
         hold_out = 0 if isinstance(dataset, str | Path) else options.get("hold_out", 0)

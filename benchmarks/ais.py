@@ -24,7 +24,6 @@ from tqdm import tqdm
 import evaluate
 import hubconf
 import utils
-from data import load_dataset
 from evaluate import Examples
 from model import VAE, DiagonalNormal, nll_from_log_weights
 
@@ -125,11 +124,8 @@ def main() -> None:
     args = parser.parse_args()
     device = utils.choose_device(args.device)
     model, checkpoint = hubconf.load(args.run)
-    options = {"dataset": "auto", "image_size": None, "hold_out": 0, "binarize": "dynamic"}
-    options |= checkpoint.get("options", {})
-    dataset = load_dataset(options["dataset"], args.data_dir, options["image_size"], options["hold_out"])
-    evaluate.check_images(model, dataset)
-    whole = evaluate.make_test_set(dataset, options["binarize"], device)
+    dataset = evaluate.open_test_data(model, checkpoint, utils.checkpoint_path(args.run), args.data_dir)
+    whole = evaluate.make_test_set(dataset, checkpoint.get("options", {}).get("binarize", "dynamic"), device)
     test_set = Examples(*(part[: args.images] for part in whole))
     if not evaluate.is_likelihood(model.to(device), test_set):
         raise utils.UserError("the model has no likelihood of the targets that it was trained on")

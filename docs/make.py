@@ -8,7 +8,6 @@ For a checkpoint FILE.pt, explorer.html is written into a folder FILE.
 
 import copy
 import json
-import math
 import re
 import sys
 from base64 import b64encode
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 import hubconf
 import utils
-from data import DATASETS, ImageData, load_dataset
-from evaluate import Examples, check_images, class_colors, describe, in_turn, posterior_means
+from data import ImageData, load_dataset
+from evaluate import Examples, check_images, class_colors, describe, in_turn, open_test_data, posterior_means
 from model import VAE, Decoder, Encoder, LatentZ
 from utils import UserError
 
@@ -61,12 +60,9 @@ def make_index(weights: Path) -> str:
 def explore(path: Path, data_dir: str) -> str:
     """The page of a checkpoint file and its run's test images. Raises UserError as make_explorer does."""
     model, checkpoint = hubconf.load(path)
-    options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
-    name = options.get("dataset", "auto")
-    is_folder = name not in DATASETS and Path(name).is_dir()
-    image_size = math.isqrt(model.config["input_size"]) if is_folder else None
-    dataset = load_dataset(name, data_dir, image_size, options.get("hold_out", 0))
-    caption = describe(dataset, options.get("binarize", "dynamic"), model, checkpoint.get("epoch"))
+    dataset = open_test_data(model, checkpoint, path, data_dir)
+    binarize = checkpoint.get("options", {}).get("binarize", "dynamic")  # other repositories' checkpoints have none
+    caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
     return make_explorer(model, dataset, caption)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import evaluate
 import train
+import utils
 from assets.page import BROWSER, Browser, open_browser
 from data import ImageData, load_dataset
 from docs import make
@@ -541,12 +542,17 @@ def test_the_explorer_refuses_colour(few: ImageData):
 def test_command_writes_the_explorer(
     few: ImageData, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(make, "load_dataset", lambda *_: few)
-    monkeypatch.setattr("sys.argv", ["make.py", shutil.copy(WEIGHTS / "best-likelihood.pt", tmp_path)])
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
+    path = tmp_path / "best-likelihood.pt"
+    assert "other images" in fails(make.main, shutil.copy(WEIGHTS / path.name, path))
+    utils.save_checkpoint(path, utils.read_checkpoint(path) | {"checksum": few.checksum()})
+    monkeypatch.setattr("sys.argv", ["make.py", str(path)])
     make.main()
     page = (tmp_path / "best-likelihood" / "explorer.html").read_text()
     assert "mnist-5k, binarize dynamic, latent size 50, epoch 850" in page
-    assert "prior" in fails(make.main, shutil.copy(WEIGHTS / "vampprior.pt", tmp_path))
+    vamp = utils.read_checkpoint(WEIGHTS / "vampprior.pt") | {"checksum": few.checksum()}
+    utils.save_checkpoint(tmp_path / "vampprior.pt", vamp)
+    assert "prior" in fails(make.main, tmp_path / "vampprior.pt")
     assert not (tmp_path / "vampprior").exists()
 
 
