@@ -106,17 +106,17 @@ def load_dataset(
     arguments = name, Path(data_dir), image_size or 28, hold_out
     if rank_and_ranks()[1] == 1:
         return _load(*arguments)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, so it downloads for the others
     for turn in (True, False):
         if is_first == turn:
             dataset = _load(*arguments)
-        dist.barrier(patient)
+        dist.barrier(group)
     return dataset
 
 
 def _load(name: str, data_dir: Path, image_size: int, hold_out: int) -> ImageData:
-    """Loads in one process."""
+    """Does load_dataset's work in one process."""
     if name not in DATASETS:
         return _load_path(Path(name), image_size).hold_out(hold_out)
     if data_dir.exists() and not data_dir.is_dir():

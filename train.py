@@ -133,10 +133,8 @@ def make_options(**given: Any) -> Namespace:
 
 def parse_given(parser: utils.ArgumentParser, words: list[str] | None = None) -> dict[str, Any]:
     """The arguments of a command line that were given, by name."""
-    names = vars(parser.parse_args(words))
-    given = parser.parse_args(
-        words, Namespace(**dict.fromkeys(names))
-    )  # argparse leaves these as they are unless given
+    unset = Namespace(**dict.fromkeys(vars(parser.parse_args(words))))
+    given = parser.parse_args(words, unset)  # argparse sets no default where there is an attribute
     return {name: value for name, value in vars(given).items() if value is not None}
 
 
@@ -259,7 +257,7 @@ def fit(
     model = copy.deepcopy(average) if options.average else average
     optimizer = restore(model, checkpoint, options)
     is_likelihood, step = evaluate.is_likelihood(average, test_set), None
-    with utils.hold_signals() as check_signals, matmul_precision("medium", device):
+    with utils.hold_signals() as check_signals, matmul_precision("medium", device):  # medium for the tests
         for epoch in range(len(history) + 1, options.epochs + 1):
             if step is None or epoch == options.elbo_epochs + 1:
                 is_iwae = options.objective == "iwae" and epoch > options.elbo_epochs
@@ -364,6 +362,7 @@ def train(
         raise UserError(f"{', '.join(map(flag, fixed))}: only for a new model; the one given has its own")
     options = make_options(dataset=dataset.name if isinstance(dataset, ImageData) else dataset, **options)
     dataset, model = set_up(dataset, model or VAE, options)
+    check_model(model, dataset, options)
     complete(options, dataset, model)
     checkpoint = {"history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
@@ -371,7 +370,7 @@ def train(
         fit(model, checkpoint, options, dataset, run, on_epoch)
     except BaseException as error:
         if (run / "checkpoint.pt").exists():
-            error.run = run  # for main to say how to go on
+            error.run = run  # so that main can say how to continue
         elif rank_and_ranks()[0] == 0:
             with contextlib.suppress(OSError):
                 run.rmdir()  # no epoch was finished, so nothing is there
@@ -432,7 +431,7 @@ def read_run(run: str | Path, changes: dict[str, Any]) -> tuple[Path, dict[str, 
 def set_up(dataset: str | Path | ImageData, model: Model | None, options: Namespace) -> tuple[ImageData, VAE | None]:
     """Sets up PyTorch, and turns train's arguments into a data set and a model, which the options then name.
 
-    Raises UserError if the machine lacks what the options ask for, or the model does not fit the data.
+    Raises UserError if the machine lacks what the options ask for.
     """
     utils.choose_device(options.device)
     _, ranks = rank_and_ranks()
@@ -455,8 +454,6 @@ def set_up(dataset: str | Path | ImageData, model: Model | None, options: Namesp
         model = make_vae(dataset, options, model) if isinstance(model, type) else model(dataset, options)
         if options.init == "burda2016":
             initialize(model, dataset.train_images.flatten(1))
-    if model is not None:
-        check_model(model, dataset, options)
     return dataset, model
 
 
@@ -638,7 +635,7 @@ def main(model: Model | None = None, description: str | None = __doc__, **defaul
     except KeyboardInterrupt as error:
         if resumed or hasattr(error, "run"):
             again = sys.argv if resumed else [script, "--resume", error.run, *place]
-            error.args = (f"{utils.one_line(error)}: {utils.shell_line('python', *again)} goes on",)
+            error.args = (f"{utils.one_line(error)}; to continue: {utils.shell_line('python', *again)}",)
         raise
     if rank == 0 and model is not None:
         places = {"data_dir": given.get("data_dir", "data"), "device": next(trained.parameters()).device.type}

@@ -42,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Prints the description as it is, the default of each option that has one, and N or X for its number."""
+    """Prints the description as it is, the default of each option that has one, and N or X for a number."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return getattr(action.type, "metavar", action.dest.upper())

@@ -96,7 +96,7 @@ def epochs_in_csv(run: Path) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_random_moments(number: signal.Signals, options: dict, tmp_path: Path, monkeypatch, capsys):
-    """After a signal that can be caught, goes on with the command that was printed."""
+    """After a signal that can be caught, continues with the command that was printed."""
     out_dir, moments, epoch, output = options["out_dir"], random.Random(0), 0, tmp_path / "output"
     options |= {"data_dir": "it's here"}
     words = words_of(options | {"epochs": 10**6})
@@ -117,7 +117,7 @@ def test_killed_at_random_moments(number: signal.Signals, options: dict, tmp_pat
         words = ["train.py", "--resume", str(run), "--data-dir", "it's here"]
         if number != signal.SIGKILL:
             what = "terminated" if number == signal.SIGTERM else "interrupted"
-            command = output.read_text().removeprefix(f"train.py: {what}: ").removesuffix(" goes on\n")
+            command = output.read_text().removeprefix(f"train.py: {what}; to continue: ").rstrip("\n")
             assert shlex.split(command) == ["python", *words]
     assert epoch >= 4
 
