@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm import tqdm
 
 import utils
@@ -46,6 +47,11 @@ def make_test_set(dataset: ImageData, binarization: str, device: torch.device | 
     """The test images of a data set in their one fixed binarization."""
     images, labels = dataset.test_images.to(device), dataset.test_labels.to(device)
     return Examples(*binarize_test_set(images, binarization), labels)
+
+
+def usual_binarization(model: VAE) -> str:
+    """How images become targets for the model's likelihood: dynamic for Bernoulli pixels, else none."""
+    return "dynamic" if model.config["likelihood"] == "bernoulli" else "none"
 
 
 def in_eval_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,18 +125,25 @@ def is_active(means: Tensor, threshold: float = 0.01) -> Tensor:
     return means.var(0) > threshold
 
 
+def bits_per_dim(nats: float, num_values: int) -> float:
+    """Nats per image -> bits per value (pixel and channel) of an image, which compares across sizes."""
+    return nats / num_values / math.log(2)
+
+
 def evaluate(
     model: VAE,
     images: Tensor,
-    binarize: str = "dynamic",
+    binarize: str | None = None,
     nll_samples: int = NLL_SAMPLES,
     seed: int = 0,
     labels: Tensor | None = None,
 ) -> dict[str, Any]:
     """All metrics of a model on uint8 images (N, ...), with labels (N,) int64 if the model uses them. Reseeds PyTorch.
 
-    In nats per image; a name with _se is a standard error over the images. nll is None where the targets are outside
-    the likelihood's support, and kl_per_latent where a closed form is missing. Raises UserError for bad images.
+    In nats per image; a name with _se is a standard error over the images. nll and nll_per_image (N) are None where
+    the targets are outside the likelihood's support, bits_per_dim (of nll) also where they are binarized, and
+    kl_per_latent where a closed form is missing. binarize defaults to usual_binarization. Raises UserError for bad
+    images.
     """
     check_bytes(images, "images")
     size = model.config["input_size"]
@@ -138,11 +151,12 @@ def evaluate(
         raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
     device = next(model.parameters()).device
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+    binarize = binarize or usual_binarization(model)
     test_set = Examples(*binarize_test_set(images.to(device), binarize), labels.to(device))
-    return _measure(model, test_set, nll_samples, seed)
+    return _measure(model, test_set, binarize, nll_samples, seed)
 
 
-def _measure(model: VAE, test_set: Examples, nll_samples: int, seed: int) -> dict[str, Any]:
+def _measure(model: VAE, test_set: Examples, binarize: str, nll_samples: int, seed: int) -> dict[str, Any]:
     if nll_samples < 1:
         raise UserError(f"nll_samples must be 1 or more, not {nll_samples}")
     torch.manual_seed(seed)
@@ -150,6 +164,7 @@ def _measure(model: VAE, test_set: Examples, nll_samples: int, seed: int) -> dic
     means, by_latent = posterior_means(model, test_set)
     neg_elbo, num_images = reconstruction + kl, len(kl)
     nll = estimate_nll(model, test_set, nll_samples, seed) if is_likelihood(model, test_set) else None
+    is_in_bits = nll is not None and binarize == "none"
     return {
         "neg_elbo": neg_elbo.mean().item(),
         "neg_elbo_se": neg_elbo.std().item() / math.sqrt(num_images),
@@ -158,6 +173,8 @@ def _measure(model: VAE, test_set: Examples, nll_samples: int, seed: int) -> dic
         "kl_per_latent": None if by_latent is None else by_latent.mean(0).tolist(),
         "nll": None if nll is None else nll.mean().item(),
         "nll_se": None if nll is None else nll.std().item() / math.sqrt(num_images),
+        "nll_per_image": None if nll is None else nll.tolist(),
+        "bits_per_dim": bits_per_dim(nll.mean().item(), model.config["input_size"]) if is_in_bits else None,
         "nll_samples": nll_samples,
         "active_units": int(is_active(means).sum()),
         "latent_size": means.shape[1],
@@ -178,7 +195,7 @@ def draw_reconstructions(model: VAE, dataset: ImageData, test_set: Examples, cap
     rows = {"image": images, "input": inputs, "reconstruction": model.reconstruct(inputs, y)}
     if torch.equal(inputs, images):
         del rows["input"]
-    columns = [dataset.classes[label] for label in y]
+    columns = [dataset.classes[label] for label in y] if len(dataset.classes) > 1 else None
     title = f"Reconstructions of test images\n{caption}"
     return draw_tiles(torch.cat(list(rows.values())), len(rows), dataset.shape, title, list(rows), columns)
 
@@ -206,6 +223,7 @@ def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, capt
     y = torch.stack([y1 if share < 0.5 else y2 for share in shares], 1)
     images = model.decode(z.flatten(0, 1), y.flatten())
     names = [f"{dataset.classes[start]} to {dataset.classes[end]}" for start, end in zip(y1, y2, strict=True)]
+    names = names if len(dataset.classes) > 1 else None
     title = f"Decoded walks between test images' posterior means\n{caption}"
     figure = draw_tiles(images, half, dataset.shape, title, names, [str(share) for share in shares])
     figure.axes[0].set_xlabel("share of the way")
@@ -254,6 +272,42 @@ def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> "Figure":
     return figure
 
 
+def draw_traversals(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
+    """What the ten latents of largest KL do: each row moves one of them over the prior, around one test image.
+
+    Without a KL for each latent, they are those whose posterior means vary most.
+    """
+    means, kl = posterior_means(model, test_set)
+    order = (means.var(0) if kl is None else kl.mean(0)).argsort(descending=True)[:10].tolist()
+    deviations = torch.arange(-3.0, 4.0, device=means.device)
+    images = decode_traversals(model, means[:1], order, deviations, test_set.labels[:1])
+    title = f"One latent at a time moved over the prior, around a test image\n{caption}"
+    rows, columns = [f"latent {i + 1}" for i in order], [f"{value:.0f}" for value in deviations.tolist()]
+    figure = draw_tiles(images, len(order), dataset.shape, title, rows, columns)
+    figure.axes[0].set_xlabel("standard deviations of the prior")
+    return figure
+
+
+@in_eval_mode
+def decode_traversals(model: VAE, z: Tensor, latents: list[int], deviations: Tensor, y: Tensor) -> Tensor:
+    """Decodes z (1, latent_size) with each of the latents in turn at each of the prior's deviations, row by row."""
+    values = _prior_quantiles(model.prior(y), torch.special.ndtr(deviations))
+    z = z.repeat(len(latents), len(deviations), 1)
+    for row, latent in enumerate(latents):
+        z[row, :, latent] = values[:, latent]
+    return model.decode(z.flatten(0, 1), y.expand(z[..., 0].numel()))
+
+
+@in_eval_mode
+def draw_least_likely(model: VAE, dataset: ImageData, test_set: Examples, nll: list[float], caption: str) -> "Figure":
+    """The ten test images of largest nll (N), in nats, with their reconstructions."""
+    chosen = sorted(range(len(nll)), key=nll.__getitem__, reverse=True)[:10]
+    inputs, y = test_set.inputs[chosen], test_set.labels[chosen]
+    images = torch.cat([inputs, model.reconstruct(inputs, y)])
+    title = f"The least likely test images, and their nll in nats\n{caption}"
+    return draw_tiles(images, 2, dataset.shape, title, ["image", "reconstruction"], [f"{nll[i]:,.0f}" for i in chosen])
+
+
 def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20) -> "Figure":
     """A two-dimensional latent space decoded at equal quantiles of the prior (Kingma & Welling 2014, figure 4)."""
     images, (x, y) = decode_manifold(model, steps)
@@ -268,14 +322,17 @@ def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20)
 def decode_manifold(model: VAE, steps: int) -> tuple[Tensor, tuple[list[float], list[float]]]:
     """The tiles of draw_manifold (steps * steps, D), row by row, and the z_1 of each column and z_2 of each row."""
     label = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)  # the first label
-    p = model.prior(label)
     shares = (torch.arange(steps, device=label.device) + 0.5) / steps
-    if isinstance(p, DiagonalNormal):
-        x, y = p.mu.flatten()[:, None] + torch.exp(0.5 * p.logvar.flatten())[:, None] * torch.special.ndtri(shares)
-    else:  # no formula: take those of 10,000 draws
-        x, y = torch.quantile(p.sample((10_000,)).flatten(0, -2), shares, dim=0).T
+    x, y = _prior_quantiles(model.prior(label), shares).T
     z = torch.cartesian_prod(y.flip(0), x).flip(1)
     return model.decode(z, label.expand(len(z))), (x.tolist(), y.flip(0).tolist())
+
+
+def _prior_quantiles(p: Distribution, shares: Tensor) -> Tensor:
+    """The quantiles of each latent: shares (steps,) in (0, 1) -> (steps, latent_size)."""
+    if isinstance(p, DiagonalNormal):
+        return p.mu.flatten() + torch.exp(0.5 * p.logvar.flatten()) * torch.special.ndtri(shares)[:, None]
+    return torch.quantile(p.sample((10_000,)).flatten(0, -2), shares, dim=0)  # no formula, so of 10,000 draws
 
 
 def draw_curves(history: list[dict[str, float]], caption: str) -> "Figure":
@@ -359,7 +416,9 @@ def describe(dataset: ImageData, binarization: str, model: VAE, epoch: int | Non
     what = "" if type(model) is VAE else f"{type(model).__name__}, "
     after = "" if epoch is None else f", epoch {epoch}"
     held_out = f", tested on {dataset.num_held_out:,} held-out training images" if dataset.num_held_out else ""
-    return f"{what}{dataset.name}, binarize {binarization}, latent size {model.config['latent_size']}{after}{held_out}"
+    is_logistic = model.config["likelihood"] == "logistic"
+    pixels = "logistic likelihood" if is_logistic else f"binarize {binarization}"
+    return f"{what}{dataset.name}, {pixels}, latent size {model.config['latent_size']}{after}{held_out}"
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -369,13 +428,18 @@ def save_figure(figure: "Figure", path: Path) -> None:
     utils.write_atomically(path, buffer.getvalue())
 
 
-def draw_all(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> Iterator[tuple[str, "Figure"]]:
-    """The file name and figure of each picture that applies to this model."""
+def draw_all(
+    model: VAE, dataset: ImageData, test_set: Examples, caption: str, nll: list[float] | None = None
+) -> Iterator[tuple[str, "Figure"]]:
+    """The file name and figure of each picture that applies to this model. nll (N) is in nats."""
     means, kl = posterior_means(model, Examples(*(part[:2] for part in test_set)))
     yield "reconstructions.png", draw_reconstructions(model, dataset, test_set, caption)
     yield "prior_samples.png", draw_prior_samples(model, dataset, caption)
     yield "interpolations.png", draw_interpolations(model, dataset, test_set, caption)
     yield "latent_space.png", draw_latent_space(model, dataset, test_set, caption)
+    yield "traversals.png", draw_traversals(model, dataset, test_set, caption)
+    if nll is not None:
+        yield "least_likely.png", draw_least_likely(model, dataset, test_set, nll, caption)
     if kl is not None:
         yield "latent_usage.png", draw_latent_usage(model, test_set, caption)
     if means.shape[1] == 2:
@@ -410,31 +474,59 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a run or a checkpoint file, writes metrics.json and the pictures, and prints and returns the metrics.
 
-    A checkpoint of a subclass of VAE needs a `model` of that class. dataset, binarize and hold_out (0: the test set)
-    default to the run's, whose images must not have changed; hold_out to 0 if a data set is named. out_dir is the run
-    folder, or a folder FILE for FILE.pt. Raises UserError for a bad value or file, and OSError.
+    A checkpoint of a subclass of your own needs a `model` of that class. dataset, binarize and hold_out (0: the test
+    set) default to the run's, whose images must not have changed; hold_out to 0 if a data set is named. out_dir is the
+    run folder, or a folder FILE for FILE.pt. Raises UserError for a bad value or file, and OSError.
     """
+    opened = open_run(run, model, dataset, data_dir, binarize, device, out_dir, hold_out)
+    model, dataset, binarize = opened.model, opened.dataset, opened.binarize
+    opened.out_dir.mkdir(parents=True, exist_ok=True)
+    test_set = make_test_set(dataset, binarize, utils.choose_device(device))
+    metrics = _measure(model, test_set, binarize, nll_samples, seed)
+    metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
+    print_metrics(metrics, f"{opened.path}: {opened.caption}")
+    written = {name: value for name, value in metrics.items() if name != "nll_per_image"}
+    utils.write_atomically(opened.out_dir / "metrics.json", (json.dumps(written, indent=2) + "\n").encode())
+    for name, figure in draw_all(model, dataset, test_set, opened.caption, metrics["nll_per_image"]):
+        save_figure(figure, opened.out_dir / name)
+        print(f"wrote {opened.out_dir / name}")
+    return metrics
+
+
+class OpenedRun(NamedTuple):
+    """A run or a checkpoint file, with what it is evaluated on."""
+
+    path: Path
+    model: VAE
+    dataset: ImageData
+    binarize: str
+    caption: str
+    out_dir: Path
+
+
+def open_run(
+    run: str | Path,
+    model: VAE | None,
+    dataset: str | ImageData | None,
+    data_dir: str | Path,
+    binarize: str | None,
+    device: str,
+    out_dir: str | Path | None,
+    hold_out: int | None,
+) -> OpenedRun:
+    """Loads what evaluate_run's arguments name. Raises UserError."""
     device, path = utils.choose_device(device), utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path, model)
+    model = model.to(device)
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
-    binarize = binarize or options.get("binarize", "dynamic")
+    binarize = binarize or options.get("binarize") or usual_binarization(model)
     if binarize not in BINARIZE:
         raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
     dataset = open_test_data(model, checkpoint, path, data_dir, dataset, hold_out)
     # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
     out_dir = Path(out_dir or (path.parent if path.name == "checkpoint.pt" else path.with_suffix("")))
-    out_dir.mkdir(parents=True, exist_ok=True)
-
-    model, test_set = model.to(device), make_test_set(dataset, binarize, device)
-    metrics = _measure(model, test_set, nll_samples, seed)
-    metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
     caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
-    print_metrics(metrics, f"{path}: {caption}")
-    utils.write_atomically(out_dir / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    for name, figure in draw_all(model, dataset, test_set, caption):
-        save_figure(figure, out_dir / name)
-        print(f"wrote {out_dir / name}")
-    return metrics
+    return OpenedRun(path, model, dataset, binarize, caption, out_dir)
 
 
 def open_test_data(
@@ -456,9 +548,9 @@ def open_test_data(
         dataset = dataset.hold_out(hold_out or dataset.num_held_out)
     else:
         name = str(dataset or options.get("dataset", "auto"))
-        is_folder = name not in DATASETS and Path(name).is_dir()
-        image_size = math.isqrt(model.config["input_size"]) if is_folder else None
-        dataset = load_dataset(name, data_dir, image_size, hold_out)
+        is_folder, channels = name not in DATASETS and Path(name).is_dir(), model.config["channels"]
+        image_size = math.isqrt(model.config["input_size"] // channels) if is_folder else None
+        dataset = load_dataset(name, data_dir, image_size, hold_out, channels)
     check_images(model, dataset)
     if is_the_runs:
         check_same_images(checkpoint, dataset, path)
@@ -494,7 +586,49 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
     if metrics["nll"] is not None:
         how = f"standard error {metrics['nll_se']:.2f}, {metrics['nll_samples']:,} importance samples"
         print(f"  nll             {metrics['nll']:8.2f} nats per image, {how}")
+    if metrics["bits_per_dim"] is not None:
+        print(f"  bits_per_dim    {metrics['bits_per_dim']:8.3f}, of nll")
     print(f"  active_units    {metrics['active_units']:8d} of {metrics['latent_size']} latents")
+
+
+@in_eval_mode
+def sample_images(model: VAE, y: Tensor, temperature: float = 1.0, draw_pixels: bool = False, seed: int = 0) -> Tensor:
+    """One image for each label y (n,), of a draw of the prior: the pixels' means, or drawn pixels, (n, D) in [0, 1].
+
+    temperature scales the standard deviation of a normal prior; below 1, samples are plainer and vary less. Raises
+    UserError for another prior. Reseeds PyTorch.
+    """
+    torch.manual_seed(seed)
+    p = model.prior(y)
+    if temperature != 1:
+        if not isinstance(p, DiagonalNormal):
+            raise UserError(f"--temperature is for a normal prior, which {type(model).__name__} lacks")
+        p = DiagonalNormal(p.mu, p.logvar + 2 * math.log(temperature))
+    likelihood = model.likelihood(p.sample(() if p.batch_shape else y.shape), y)
+    return likelihood.sample() if draw_pixels else likelihood.mean
+
+
+def write_samples(opened: OpenedRun, n: int, label: str | None, seed: int, **how: Any) -> Path:
+    """Writes n images from the prior, 00000.png and so on, into a new folder `samples`. `how` is sample_images'.
+
+    They are of one class, by its name, or of all in turn. Raises UserError for an unknown label or an existing folder,
+    and OSError.
+    """
+    from PIL import Image
+
+    classes = opened.dataset.classes
+    if label is not None and label not in classes:
+        raise UserError(f"--label must be one of {', '.join(classes)}, not {label}")
+    folder = opened.out_dir / "samples"
+    if folder.exists():
+        raise UserError(f"{folder} exists: delete it, or name another --out-dir")
+    y = torch.arange(n) % len(classes) if label is None else torch.full((n,), classes.index(label))
+    images = sample_images(opened.model, y.to(next(opened.model.parameters()).device), seed=seed, **how)
+    pixels = (255 * images.float().cpu()).round().byte().view(n, *opened.dataset.shape).permute(0, 2, 3, 1)
+    folder.mkdir(parents=True)
+    for i, image in enumerate(pixels.numpy()):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:05d}.png")
+    return folder
 
 
 def add_nll_samples(parser: utils.ArgumentParser) -> None:
@@ -509,7 +643,9 @@ def main() -> None:
     parser.add_argument("run", nargs="?", default="runs", help="run folder, checkpoint file, or folder of runs")
     parser.add_argument("--dataset", help="test set: a name or path, as for train.py (default: the run's, else auto)")
     parser.add_argument("--data-dir", default="data", help="where data sets are read and downloaded")
-    parser.add_argument("--binarize", choices=BINARIZE, help="input and target (default: the run's, else dynamic)")
+    parser.add_argument(
+        "--binarize", choices=BINARIZE, help="input and target (default: the run's, else the model's usual)"
+    )
     hold_out = "test on the last N training images, or with 0 on the test set (default: as in training)"
     parser.add_argument("--hold-out", type=utils.number(int, 0, 2**31), help=hold_out)
     add_nll_samples(parser)

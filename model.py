@@ -16,9 +16,11 @@ Everything follows from three distributions, so a subclass changes the model by 
     prior(y)            p(z), by default N(0, I)                        uses sample, log_prob
     likelihood(z, y)    p(x|z), by default one Bernoulli per pixel      uses log_prob, mean, support
 
-Each returns a torch.distributions.Distribution with the members in the last column. log_prob sums over the latents or
-the pixels and returns one number for each z or image. The support of a likelihood is the set of valid targets. The
-labels y are passed on to all three; the VAE itself ignores them.
+For images of 8 bits per value, VAE(likelihood="logistic") has a discretized logistic in the Bernoulli's place.
+
+Each method returns a torch.distributions.Distribution with the members in the last column. log_prob sums over the
+latents or the pixels and returns one number for each z or image. The support of a likelihood is the set of valid
+targets. The labels y are passed on to all three; the VAE itself ignores them.
 
 Shapes: B images of D = input_size values, K samples of z for each. Losses and log-probabilities are in nats.
 """
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 
 ACTIVATIONS = {"relu": F.relu, "tanh": F.tanh, "silu": F.silu}
+LIKELIHOODS = ("bernoulli", "logistic")
 
 
 class DiagonalNormal(Distribution):
@@ -62,6 +65,44 @@ class DiagonalNormal(Distribution):
         """(..., latent_size) -> (...)."""
         eps = (z - self.mu) * torch.exp(-0.5 * self.logvar)
         return -0.5 * (eps**2 + self.logvar + math.log(2 * math.pi)).sum(-1)
+
+
+class DiscretizedLogistic(Distribution):
+    """Values 0, 1/255, ..., 1, each with a logistic distribution's mass in the bin around it.
+
+    The first and last bins reach to infinity (Salimans et al. 2017, arXiv 1701.05517, section 2.1). loc (...) and the
+    scale (...) are in units of the values. Both are clamped, so that gradients are finite for all arguments. A value in
+    between counts as the nearest of the 256.
+    """
+
+    support = constraints.unit_interval
+
+    def __init__(self, loc: Tensor, log_scale: Tensor):
+        self.loc, self.scale = loc.clamp(-1e6, 1e6), torch.exp(log_scale.clamp(-7, 7))
+        super().__init__(torch.broadcast_shapes(loc.shape, log_scale.shape), validate_args=False)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(...) in [0, 1] -> (...), exact far into the tails.
+
+        With the standard logistic's distribution function F, F(a) - F(b) = F(a) F(-b) (1 - exp(b - a)).
+        """
+        level, loc, scale = (255 * x).round(), 255 * self.loc, 255 * self.scale
+        at_most = F.logsigmoid((level + 0.5 - loc) / scale)  # log P(X <= x)
+        at_least = F.logsigmoid((loc - (level - 0.5)) / scale)  # log P(X >= x)
+        inside = at_most + at_least + torch.log(-torch.expm1(-1 / scale))
+        return torch.where(level == 0, at_most, torch.where(level == 255, at_least, inside))
+
+    @property
+    def mean(self) -> Tensor:
+        """(...): of the logistic clipped to [0, 1], which is the integral of P(X > t) over t from 0 to 1."""
+        loc, scale = self.loc, self.scale
+        return (scale * (F.softplus(loc / scale) - F.softplus((loc - 1) / scale))).clamp(0, 1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
+        """(*sample_shape, ...) in 0, 1/255, ..., 1."""
+        uniform = torch.rand(*sample_shape, *self.batch_shape, device=self.loc.device)
+        return (255 * (self.loc + self.scale * torch.logit(uniform))).round().clamp(0, 255) / 255
 
 
 class Encoder(nn.Module):
@@ -139,8 +180,13 @@ class VAE(nn.Module):
         encoder_layers: int = 2,
         decoder_layers: int = 1,
         activation: str = "relu",
+        likelihood: str = "bernoulli",
+        channels: int = 1,
     ):
-        """Raises ValueError for a size that is not a positive integer or an activation not in ACTIVATIONS."""
+        """likelihood is one of LIKELIHOODS; the logistic has one scale for each of the images' channels.
+
+        Raises ValueError for a size that is not a positive integer, or a name that is not one of those there are.
+        """
         super().__init__()
         sizes = {
             "input_size": input_size,
@@ -148,16 +194,23 @@ class VAE(nn.Module):
             "latent_size": latent_size,
             "encoder_layers": encoder_layers,
             "decoder_layers": decoder_layers,
+            "channels": channels,
         }
         for name, size in sizes.items():
             if not (type(size) is int and size > 0):
                 raise ValueError(f"{name} must be a positive integer, not {size!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-        self.config = sizes | {"activation": activation}
+        if input_size % channels:
+            raise ValueError(f"input_size must be a multiple of channels, not {input_size} for {channels} channels")
+        names = {"activation": (activation, ACTIVATIONS), "likelihood": (likelihood, LIKELIHOODS)}
+        for name, (value, choices) in names.items():
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        self.config = sizes | {"activation": activation, "likelihood": likelihood}
         self.encoder = Encoder(input_size, hidden_size, encoder_layers, activation)
         self.latent_z = LatentZ(hidden_size, latent_size)
         self.decoder = Decoder(latent_size, hidden_size, input_size, decoder_layers, activation)
+        if likelihood == "logistic":
+            self.log_scale = nn.Parameter(torch.full((channels,), -2.0))
 
     # The three distributions
 
@@ -173,10 +226,15 @@ class VAE(nn.Module):
     def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """p(x|z) over flat images (..., input_size), of z (..., latent_size) with labels y (B,).
 
-        z is (B, latent_size), or (K, B, latent_size) with K samples for each image.
+        z is (B, latent_size), or (K, B, latent_size) with K samples for each image. The logistic's location is linear
+        in the decoder's output, with the slope of the sigmoid at 0, so that it can lie beyond 0 and 1.
         """
         logits = _at_least_float32(self.decoder.logits(z))
-        return Independent(Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
+        pixels: Distribution = Bernoulli(logits=logits, validate_args=False)
+        if self.config["likelihood"] == "logistic":
+            log_scale = self.log_scale.repeat_interleave(logits.shape[-1] // len(self.log_scale))
+            pixels = DiscretizedLogistic(0.5 + 0.25 * logits, log_scale)
+        return Independent(pixels, 1, validate_args=False)
 
     # What follows from them
 

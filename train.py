@@ -1,4 +1,4 @@
-"""Trains a VAE with Adam on the negative ELBO: summed binary cross-entropy + KL.
+"""Trains a VAE with Adam on the negative ELBO: -log p(x|z), summed over the pixels, + KL.
 
     python train.py                                   # MNIST, 20 epochs
     python train.py --latent-size 2 --epochs 50
@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import evaluate
 import utils
-from data import BINARIZE, DATASETS, ImageData, binarize, load_dataset
-from model import ACTIVATIONS, VAE, Decoder, LatentZ, nll_from_log_weights
+from data import BINARIZE, BINARIZED_DATASETS, DATASETS, ImageData, binarize, load_dataset
+from model import ACTIVATIONS, LIKELIHOODS, VAE, Decoder, LatentZ, nll_from_log_weights
 from step import (
     PRECISIONS,
     STEPS_WORTH_COMPILING,
@@ -45,7 +45,14 @@ COLUMNS = ("epoch", "train_loss", "test_loss", "test_reconstruction", "test_kl",
 AVERAGES_PER_EPOCH = 50  # as good as averaging after every step, and nine times cheaper at 469 steps per epoch
 PLACES = ("data_dir", "out_dir")  # of this machine, so not kept in a checkpoint
 RESUMABLE = ("epochs", "dataset", "data_dir", "device", "compile", "precision")  # what --resume takes
-SIZES = ("hidden_size", "latent_size", "encoder_layers", "decoder_layers", "activation")  # VAE's arguments
+SIZES = (
+    "hidden_size",
+    "latent_size",
+    "encoder_layers",
+    "decoder_layers",
+    "activation",
+    "likelihood",
+)  # VAE's arguments
 Model = VAE | type[VAE] | Callable[[ImageData, Namespace], VAE]  # a model, its class, or a function that makes it
 History = list[dict[str, float]]  # the rows of metrics.csv; losses in nats per image
 OnEpoch = Callable[[VAE, History], None]
@@ -65,20 +72,24 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     add = parser.add_argument_group("data").add_argument
     names = f"{', '.join(DATASETS[1:])}, or the path of a folder of images or of an .npz file"
     auto = "auto is mnist, or mnist-5k where mnist is unavailable"
-    modes = "dynamic: sampled pixels; threshold: gray input, black and white target; none: gray"
+    modes = "dynamic: sampled pixels; threshold: gray input, black and white target; none: as they are"
+    by_data = "dynamic with the Bernoulli, none with the logistic"
     add("--dataset", type=text, default="auto", help=f"{names}; {auto}")
     add("--image-size", type=count, help="width and height of a folder's pictures (default: 28)")
-    add("--binarize", choices=BINARIZE, default="dynamic", help=modes)
+    add("--grayscale", action=BooleanOptionalAction, default=False, help="convert images to gray")
+    add("--binarize", choices=BINARIZE, help=f"{modes} (default: {by_data})")
     add("--hold-out", type=whole, default=0, help="test on the last N training images, to choose settings")
     add("--data-dir", type=text, default="data", help="where data sets are read from and downloaded to")
 
     add = parser.add_argument_group("model").add_argument
+    by_data = "(default: logistic for images of your own, cifar10 and svhn unless binarized)"
     glorot = "burda2016: Glorot-uniform weights, and the mean image as the output's bias"
     add("--hidden-size", type=count, default=512, help="width of the hidden layers")
     add("--latent-size", type=count, default=20, help="dimensions of z")
     add("--encoder-layers", type=number(int, 1, 1000), default=2, help="hidden layers of the encoder")
     add("--decoder-layers", type=number(int, 1, 1000), default=1, help="hidden layers of the decoder")
     add("--activation", choices=ACTIVATIONS, default="relu", help="after each hidden layer")
+    add("--likelihood", choices=LIKELIHOODS, help=f"of pixels that are black or white, or of 256 levels {by_data}")
     add("--init", choices=("pytorch", "burda2016"), default="pytorch", help=glorot)
 
     add = parser.add_argument_group("training").add_argument
@@ -118,7 +129,7 @@ def make_options(**given: Any) -> Namespace:
         raise UserError("a run is resumed by train.resume(run), not by an option of train.train")
     words = []
     for name, value in given.items():
-        if name in ("average", "compile") and value in (True, False):
+        if str(value) in ("True", "False"):  # or NumPy's
             words.append(flag(name if value else f"no_{name}"))
         elif value is not None:
             words.append(f"{flag(name)}={value}")
@@ -274,7 +285,7 @@ def fit(
             # A resumed run then makes the same choice
             options.compile = isinstance(step, CompiledStep) and step.program is not None
             save(run, average, model, optimizer, options, checksum, history)
-            print(epoch_line(history[-1], options.epochs, is_likelihood), flush=True)
+            print(epoch_line(history[-1], options, dataset, is_likelihood), flush=True)
             if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
                 draw(run, average, dataset, test_set, options, history)
             if on_epoch:
@@ -362,8 +373,8 @@ def train(
         raise UserError(f"{', '.join(map(flag, fixed))}: only for a new model; the one given has its own")
     options = make_options(dataset=dataset.name if isinstance(dataset, ImageData) else dataset, **options)
     dataset, model = set_up(dataset, model or VAE, options)
-    check_model(model, dataset, options)
     complete(options, dataset, model)
+    check_model(model, dataset, options)
     checkpoint = {"history": [], "training_weights": model.state_dict()}
     run = utils.on_rank_0(lambda: utils.new_run_folder(options.out_dir, dataset.name, model.config["latent_size"]))
     try:
@@ -421,6 +432,7 @@ def read_run(run: str | Path, changes: dict[str, Any]) -> tuple[Path, dict[str, 
         raise UserError(f"{path} cannot be resumed, only evaluated: it has no {', '.join(sorted(missing))}")
     changes = {name: value for name, value in changes.items() if value is not None}
     saved = {name: value for name, value in checkpoint["options"].items() if name not in PLACES}
+    saved.setdefault("likelihood", "bernoulli")  # older runs had no other
     options = make_options(**saved | changes)
     if (options.epochs or 0) < checkpoint["epoch"]:
         epochs = checkpoint["epoch"]
@@ -446,15 +458,23 @@ def set_up(dataset: str | Path | ImageData, model: Model | None, options: Namesp
         options.dataset = dataset.name
     else:
         name = str(dataset)
-        dataset = load_dataset(name, options.data_dir, options.image_size, options.hold_out)
+        channels = 1 if options.grayscale else None
+        dataset = load_dataset(name, options.data_dir, options.image_size, options.hold_out, channels)
         options.dataset = dataset.name if name in DATASETS else str(Path(name).resolve())
     options.hold_out = dataset.num_held_out
+    options.likelihood = options.likelihood or usual_likelihood(dataset, options)
     if model is not None and not isinstance(model, VAE):
         utils.seed_epoch(options.seed, 0)
         model = make_vae(dataset, options, model) if isinstance(model, type) else model(dataset, options)
         if options.init == "burda2016":
             initialize(model, dataset.train_images.flatten(1))
     return dataset, model
+
+
+def usual_likelihood(dataset: ImageData, options: Namespace) -> str:
+    """Binarized images, such as digits by default, have the Bernoulli likelihood; others have the logistic."""
+    is_binarized = dataset.name in BINARIZED_DATASETS or options.binarize in ("dynamic", "threshold")
+    return "bernoulli" if is_binarized else "logistic"
 
 
 def complete(options: Namespace, dataset: ImageData, model: VAE) -> None:
@@ -466,17 +486,20 @@ def complete(options: Namespace, dataset: ImageData, model: VAE) -> None:
         options.compile = is_worth_compiling(device, ranks, steps)
     options.precision = options.precision or choose_precision(device, options.batch_size)
     vars(options).update({name: model.config[name] for name in SIZES if name in model.config})
+    options.binarize = options.binarize or evaluate.usual_binarization(model)
 
 
 def make_vae(dataset: ImageData, options: Namespace, kind: type[VAE] = VAE, **more: Any) -> VAE:
     """A VAE, or a subclass with the same arguments, of the sizes in the options. `more` are further arguments."""
-    return kind(dataset.input_size, **{name: getattr(options, name) for name in SIZES}, **more)
+    sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    return kind(dataset.input_size, channels=dataset.shape[0], **sizes, **more)
 
 
 @torch.no_grad()
 def initialize(model: VAE, images: Tensor) -> None:
-    """Glorot-uniform weights, and the log-odds of the mean of the images (N, D) as last bias (Burda et al. 2016).
+    """Glorot-uniform weights, and the last bias such that the decoder returns the images' mean (Burda et al. 2016).
 
+    images: (N, D) uint8.
     Raises UserError unless the decoder is of fully connected layers.
     """
     if not isinstance(model.decoder, Decoder):
@@ -485,7 +508,9 @@ def initialize(model: VAE, images: Tensor) -> None:
         nn.init.xavier_uniform_(layer.weight)
         layer.bias.zero_()
     *_, output_layer = model.decoder.children()
-    output_layer.bias.copy_(torch.logit(images.double().mean(0) / 255, eps=1e-3))
+    mean = images.double().mean(0) / 255
+    is_linear = model.config["likelihood"] == "logistic"
+    output_layer.bias.copy_(4 * (mean - 0.5) if is_linear else torch.logit(mean, eps=1e-3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -559,7 +584,7 @@ def save(
         "model_state_dict": average.state_dict(),
         "optimizer_state_dict": optimizer.state_dict(),
         "model": average.config,
-        "class": utils.class_name(average),
+        "class": utils.class_name(type(average)),
         "training_weights": model.state_dict(),
         "options": {name: value for name, value in vars(options).items() if name not in PLACES},
         "checksum": checksum,
@@ -594,7 +619,8 @@ def draw(
 def start_line(dataset: ImageData, model: VAE, options: Namespace, run: Path, epoch: int) -> str:
     """What a run says first."""
     held_out = f", {dataset.num_held_out:,} others held out to test on" if dataset.num_held_out else ""
-    images = f"{len(dataset.train_images):,} training images{held_out}"
+    sizes = " x ".join(map(str, dataset.shape))
+    images = f"{len(dataset.train_images):,} training images of {sizes}{held_out}"
     device, (_, ranks) = utils.choose_device(options.device), rank_and_ranks()
     where = f"{device}, {ranks} processes" if ranks > 1 else device
     weights = sum(weight.numel() for weight in model.parameters())
@@ -602,11 +628,13 @@ def start_line(dataset: ImageData, model: VAE, options: Namespace, run: Path, ep
     return f"{dataset.name}: {images}; {weights:,} weights on {where}; writing to {run}{after}"
 
 
-def epoch_line(row: dict[str, float], epochs: int, is_likelihood: bool) -> str:
+def epoch_line(row: dict[str, float], options: Namespace, dataset: ImageData, is_likelihood: bool) -> str:
     """What a run says after an epoch."""
     label = "" if is_likelihood else "  (gray targets: no likelihood)"
+    if is_likelihood and options.binarize == "none":
+        label = f"  ({evaluate.bits_per_dim(row['test_loss'], dataset.input_size):.3f} bits per dimension)"
     return (
-        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  train {row['train_loss']:7.2f}  "
+        f"epoch {row['epoch']:{len(str(options.epochs))}d}/{options.epochs}  train {row['train_loss']:7.2f}  "
         f"test {row['test_loss']:7.2f} = reconstruction {row['test_reconstruction']:6.2f} + "
         f"KL {row['test_kl']:5.2f}  {row['images_per_second']:9,.0f} images/s{label}"
     )

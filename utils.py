@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import os
 import re
@@ -267,9 +268,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, dict[str, Any]]:
     """Loads the checkpoint of a run folder or a file -> the model, in eval mode, and the checkpoint's dict.
 
-    A subclass's checkpoint needs a `model` of that class to load into: no class is imported because a file names it.
-    A file needs only model and model_state_dict, as the repository that this one grew from wrote them. Raises UserError
-    if the file is damaged or does not fit the model.
+    The checkpoint of a subclass of your own needs a `model` of that class to load into. A file needs only model and
+    model_state_dict, as the repository that this one grew from wrote them. Raises UserError if the file is damaged or
+    does not fit the model.
     """
     path = checkpoint_path(path)
     checkpoint = read_checkpoint(path)
@@ -279,17 +280,17 @@ def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, di
 def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = None) -> VAE:
     """Does what load_checkpoint does, for a checkpoint that has been read."""
     name, config, weights = checkpoint.get("class", "VAE"), checkpoint["model"], checkpoint["model_state_dict"]
+    is_new, kind = model is None, find_class(name) if model is None else type(model)
     # The module's name does not count, because a module may be run as __main__ or imported
-    if name.rpartition(".")[1:] != class_name(model).rpartition(".")[1:]:
+    if name.rpartition(".")[1:] != class_name(kind).rpartition(".")[1:]:
         how = f"run its script with --resume, or load_checkpoint(path, model={name.split('.')[-1]}(...))"
-        raise UserError(f"{path} is of the class {name}, not {class_name(model)}: {how}")
-    is_new = model is None
+        raise UserError(f"{path} is of the class {name}, not {class_name(kind)}: {how}")
     try:
         if is_new:
             if max(config.get("encoder_layers", 1), config.get("decoder_layers", 1)) > len(weights):
                 raise ValueError("it has fewer weights than layers")
             with torch.device("meta"):  # takes no memory, however large the file says the model is
-                model = VAE(**config)
+                model = kind(**config)
         for key in sorted(config.keys() & model.config.keys()):
             if config[key] != model.config[key]:
                 raise ValueError(f"its {key} is {config[key]}, not {model.config[key]}")
@@ -297,8 +298,16 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = Non
         check_tensors(weights, like)
         model.load_state_dict({name: weights[name].to(like[name].dtype) for name in like}, assign=is_new)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this {class_name(model)}: {one_line(error)[:200]}") from error
+        raise UserError(f"{path} is not a checkpoint of this {class_name(kind)}: {one_line(error)[:200]}") from error
     return model.eval()
+
+
+def find_class(name: str) -> type[VAE]:
+    """The class in experiments/ that a checkpoint names, or else VAE. Imports no other class that a file names."""
+    for path in sorted((Path(__file__).parent / "experiments").glob("*.py")):
+        if f"\nclass {name.rpartition('.')[2]}(VAE):" in path.read_text("utf-8"):
+            return getattr(importlib.import_module(f"experiments.{path.stem}"), name.rpartition(".")[2])
+    return VAE
 
 
 def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
@@ -313,9 +322,8 @@ def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
             raise ValueError(f"its {name} is not a tensor of shape {tuple(shape)} and type {dtype}")
 
 
-def class_name(model: VAE | None) -> str:
+def class_name(kind: type[VAE]) -> str:
     """How a checkpoint names its class: VAE, or a subclass with its module."""
-    kind = VAE if model is None else type(model)
     return "VAE" if kind is VAE else f"{kind.__module__}.{kind.__qualname__}"
 
 

@@ -70,8 +70,9 @@ def make_explorer(model: VAE, dataset: ImageData, caption: str) -> str:
     """The page of one model and a data set's test images. Raises UserError if the page could not show them."""
     check_images(model, dataset)
     is_own = [getattr(type(model), name) is getattr(VAE, name) for name in ("posterior", "prior", "likelihood")]
-    if not all(is_own) or type(model.latent_z) is not LatentZ or type(model.decoder) is not Decoder:
-        raise UserError("the explorer needs the VAE's own posterior, prior and likelihood, and its kind of decoder")
+    is_own += [type(model.latent_z) is LatentZ, type(model.decoder) is Decoder]
+    if not all(is_own) or model.config["likelihood"] != "bernoulli":
+        raise UserError("the explorer needs the VAE's own posterior, prior, decoder and Bernoulli likelihood")
     if dataset.shape[0] != 1:
         raise UserError(f"the explorer shows gray images only, but those of {dataset.name} are in colour")
     if sum(weight.numel() for weight in model.parameters()) > 4_000_000:

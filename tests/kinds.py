@@ -1,4 +1,4 @@
-"""Six relatives of the VAE, each written against posterior, prior and likelihood alone, on 7 x 7 images."""
+"""Seven relatives of the VAE, each written against posterior, prior and likelihood alone, on 7 x 7 images."""
 
 import torch
 from torch import Tensor, nn
@@ -168,4 +168,12 @@ class Gray(SmallVAE):
         return Independent(ContinuousBernoulli(logits=self.decoder.logits(z).float(), validate_args=False), 1)
 
 
-KINDS = [FlowPrior, FlowPosterior, MixturePrior, TwoLayers, Conditional, Gray]
+class Logistic(VAE):
+    """The likelihood of 256 levels."""
+
+    def __init__(self):
+        super().__init__(SIZE, 16, 2, likelihood="logistic")
+
+
+KINDS = [FlowPrior, FlowPosterior, MixturePrior, TwoLayers, Conditional, Gray, Logistic]
+IN_GRAY = (Gray, Logistic)  # whose targets are not binarized

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributions import Categorical, ContinuousBernoulli, Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import data
 import evaluate
 import train
 import utils
 from data import ImageData
-from experiments import conditional, convolutional, gray, vampprior
+from experiments import conditional, convolutional, vampprior
 from step import matmul_precision
 from tests.conftest import run_ranks, thinned
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("conditional", "convolutional", "gray", "vampprior")
+NAMES = ("conditional", "convolutional", "vampprior")
 SMALL = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=16", "--latent-size=2", "--batch-size=100", "--device=cpu"]
 
 
@@ -65,31 +65,6 @@ def test_pseudo_inputs_start_as_training_images(digits: ImageData):
     images = {tuple(image) for image in (digits.train_images.flatten(1) / 255).tolist()}
     assert model.pseudo_inputs.shape == (500, 784)
     assert all(tuple(image) in images for image in model.pseudo_inputs.tolist())
-
-
-def test_gray_levels_have_the_continuous_bernoullis_probabilities():
-    """Its integral over each level, from torch.distributions where that is stable; and everywhere they sum to 1."""
-    levels = torch.arange(256, dtype=torch.float64)
-    for logit in (-8.0, -1.5, -0.051, -0.049, 0.0, 1e-4, 0.049, 0.051, 2.0, 8.0):
-        logits = torch.full((256,), logit, dtype=torch.float64)
-        ours, reference = gray.GrayLevels(logits), ContinuousBernoulli(logits=logits[0])
-        probability = ours.log_prob(levels / 255).exp()
-        edges = reference.cdf(torch.arange(257, dtype=torch.float64) / 256)
-        torch.testing.assert_close(probability, edges.diff(), rtol=1e-3, atol=1e-7)
-        assert probability.sum().item() == pytest.approx(1, abs=1e-7)
-        torch.testing.assert_close(ours.mean[0], reference.mean, rtol=1e-3, atol=0)
-    for logit in (-1e4, -300.0, -0.05, 0.0, 0.05, 30.0, 1e4):
-        log_probability = gray.GrayLevels(torch.full((256,), logit)).log_prob(levels.float() / 255)
-        assert log_probability.exp().sum().item() == pytest.approx(1, abs=1e-4), logit
-        assert log_probability.max() <= 0
-
-
-@pytest.mark.parametrize("logit", [-1e4, -0.05, 0.0, 1e-6, 0.05, 1e4])
-def test_gray_gradients_are_finite(logit: float):
-    logits = torch.full((3, 5), logit, requires_grad=True)
-    pixels = gray.GrayLevels(logits)
-    (pixels.log_prob(torch.rand(3, 5)).sum() + pixels.mean.sum()).backward()
-    assert torch.isfinite(logits.grad).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 16), (3, 8, 12)])
@@ -155,8 +130,9 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["nll_samples"] == 3
     assert math.isfinite(metrics["nll"])
-    assert metrics["binarize"] == ("none" if name == "gray" else "dynamic")
+    assert metrics["binarize"] == "dynamic"
     names = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "manifold"}
+    names |= {"traversals", "least_likely"}
     names |= set() if name == "vampprior" else {"latent_usage"}
     assert {path.stem for path in run.glob("*.png")} == names
     assert " nll " in capsys.readouterr().out
@@ -181,9 +157,9 @@ def test_is_compiled(make_model: Callable, tmp_path: Path, monkeypatch: pytest.M
 
 def test_evaluate_names_the_class_of_an_experiments_run(tmp_path: Path, monkeypatch, fails: Callable):
     monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)
-    call(monkeypatch, "gray", *SMALL, "--out-dir", tmp_path, "--nll-samples=1")
-    assert "GrayVAE" in fails(evaluate.main, tmp_path)
-    assert "GrayVAE" in fails(train.main, "--resume", tmp_path / "001-mnist-5k-z2", "--epochs=2")
+    call(monkeypatch, "conditional", *SMALL, "--out-dir", tmp_path, "--nll-samples=1")
+    assert "ConditionalVAE" in fails(evaluate.main, tmp_path)
+    assert "ConditionalVAE" in fails(train.main, "--resume", tmp_path / "001-mnist-5k-z2", "--epochs=2")
 
 
 def test_two_processes(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -53,7 +53,7 @@ def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tm
     few = load_dataset(str(few_digits))
     held = few.hold_out(60)
     _, history, run = train.train(few_digits, out_dir=tmp_path, hold_out=60, **QUICK)
-    assert "452 training images, 60 others held out to test on" in capsys.readouterr().out
+    assert "452 training images of 1 x 28 x 28, 60 others held out to test on" in capsys.readouterr().out
     _, expected, _ = train.train(held, out_dir=tmp_path, **QUICK)
     assert [history[0][name] for name in train.COLUMNS[:5]] == [expected[0][name] for name in train.COLUMNS[:5]]
     train.resume(run, epochs=2)
@@ -64,7 +64,8 @@ def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tm
     metrics = json.loads((run / "metrics.json").read_text())
     model, _ = utils.load_checkpoint(run)
     expected = evaluate.evaluate(model, held.test_images, nll_samples=1)
-    assert metrics == expected | {"dataset": "few", "hold_out": 60, "binarize": "dynamic"}
+    del expected["nll_per_image"]
+    assert metrics == expected | {"dataset": "few", "hold_out": 60, "binarize": "none"}
 
     on_test_set = evaluate.evaluate(model, few.test_images, nll_samples=1)["neg_elbo"]
     for how in ({"hold_out": 0}, {"dataset": few_digits}):  # asked for, or a data set named

@@ -9,13 +9,15 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli, Independent, Normal
+from torch.distributions import Bernoulli, Independent, Normal, TransformedDistribution, Uniform
 from torch.distributions import kl_divergence as reference_kl
+from torch.distributions.transforms import AffineTransform, SigmoidTransform
 
 from model import (
     VAE,
     Decoder,
     DiagonalNormal,
+    DiscretizedLogistic,
     Encoder,
     LatentZ,
     kl_by_latent,
@@ -380,3 +382,76 @@ def test_torch_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     vae = torch.hub.load(str(Path(__file__).parent.parent), "vae", source="local", latent_size=3)
     assert vae.config == VAE(latent_size=3).config
     assert vae(torch.zeros(2, 784))[0].shape == (2, 784)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The logistic likelihood
+
+LEVELS = torch.arange(256) / 255
+LOCATIONS = (-300.0, -1.3, -0.01, 0.0, 0.2, 0.5, 0.7777, 1.0, 1.05, 4.0)
+LOG_SCALES = (-7.0, -6.0, -4.5, -3.0, -2.0, 0.0, 2.0, 7.0)
+
+
+@pytest.mark.parametrize("log_scale", LOG_SCALES)
+def test_the_logistic_against_the_difference_of_its_distribution_function(log_scale: float):
+    for loc in LOCATIONS:
+        found = DiscretizedLogistic(torch.tensor(loc), torch.tensor(log_scale)).log_prob(LEVELS)
+        assert found.exp().sum().item() == pytest.approx(1, abs=1e-5)
+        uniform = Uniform(torch.tensor(0.0, dtype=torch.float64), 1.0)
+        transforms = [SigmoidTransform().inv, AffineTransform(loc, math.exp(log_scale))]
+        logistic = TransformedDistribution(uniform, transforms, validate_args=False)
+        below = logistic.cdf((torch.arange(255, dtype=torch.float64) + 0.5) / 255)
+        expected = torch.cat([below[:1], below.diff(), 1 - below[-1:]])
+        torch.testing.assert_close(found.exp().double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_logistics_tails_do_not_vanish():
+    """Far from the location, where float64 has only 0 left, log p falls by 1 / scale for each unit."""
+    far = DiscretizedLogistic(torch.tensor([0.5, -99.5, 200.0]), torch.tensor(-5.0)).log_prob(torch.tensor(0.5))
+    assert (far[0] - far[1]).item() == pytest.approx(100 * math.exp(5), rel=1e-3)
+    assert (far[0] - far[2]).item() == pytest.approx(199.5 * math.exp(5), rel=1e-3)
+
+
+@pytest.mark.parametrize("log_scale", LOG_SCALES)
+def test_the_logistics_mean_is_the_sum_over_its_levels(log_scale: float):
+    for loc in LOCATIONS:
+        logistic = DiscretizedLogistic(torch.tensor(loc), torch.tensor(log_scale))
+        expected = (logistic.log_prob(LEVELS).exp() * LEVELS).sum().item()
+        assert logistic.mean.item() == pytest.approx(expected, abs=1 / 510)  # half a level
+        assert 0 <= logistic.mean.item() <= 1
+
+
+@pytest.mark.parametrize("log_scale", [-200.0, -7.0, 0.0, 7.0, 200.0])
+def test_the_logistics_gradients_are_finite(log_scale: float):
+    for output in (0.0, 1e-40, 100.0, -1e10, 3e38, -3e38, math.inf, -math.inf):
+        outputs = torch.full((256,), output, requires_grad=True)
+        scale = torch.tensor(log_scale, requires_grad=True)
+        log_prob = DiscretizedLogistic(0.5 + 0.25 * outputs, scale).log_prob(LEVELS)
+        log_prob.sum().backward()
+        assert log_prob.isfinite().all()
+        assert outputs.grad.isfinite().all()
+        assert scale.grad.isfinite()
+
+
+def test_the_logistics_draws_have_its_probabilities():
+    logistic = DiscretizedLogistic(torch.tensor([0.5, 0.99]), torch.tensor([-5.0, -3.0]))
+    levels = (255 * logistic.sample((100_000,))).round().long()
+    for i in range(2):
+        shares = torch.bincount(levels[:, i], minlength=256) / 100_000
+        expected = DiscretizedLogistic(logistic.loc[i], logistic.scale[i].log()).log_prob(LEVELS).exp()
+        torch.testing.assert_close(shares, expected, atol=5e-3, rtol=0)
+
+
+def test_each_channel_has_a_scale_of_its_own():
+    vae = VAE(3 * 4, 8, 2, likelihood="logistic", channels=3)
+    vae.log_scale.data = torch.tensor([-1.0, -3.0, -5.0])
+    z, targets = torch.randn(5, 2), torch.randint(0, 256, (5, 3, 2, 2)) / 255
+    loc = 0.5 + 0.25 * vae.decoder.logits(z).view(5, 3, 2, 2)
+    by_channel = [
+        DiscretizedLogistic(loc[:, i], vae.log_scale[i]).log_prob(targets[:, i]).sum((1, 2)) for i in range(3)
+    ]
+    torch.testing.assert_close(vae.likelihood(z).log_prob(targets.flatten(1)), sum(by_channel))
+    assert "log_scale" in vae.state_dict()
+    twin = VAE(**vae.config)
+    twin.load_state_dict(vae.state_dict())
+    assert torch.equal(twin.decode(z), vae.decode(z))

@@ -21,7 +21,6 @@ from data import ImageData, load_dataset
 from docs import make
 from evaluate import tile
 from experiments.conditional import ConditionalVAE
-from experiments.gray import GrayVAE
 from experiments.vampprior import VampVAE
 from model import VAE, DiagonalNormal, kl_by_latent
 from tests.conftest import thinned
@@ -522,7 +521,7 @@ def with_part(name: str, part: nn.Module) -> VAE:
         (lambda: VAE(hidden_size=3000), "million"),
         (lambda: VAE(100), "other images"),
         (VampVAE, "prior"),
-        (GrayVAE, "likelihood"),
+        (lambda: VAE(likelihood="logistic"), "likelihood"),
         (ConditionalVAE, "posterior"),
         (lambda: with_part("decoder", nn.Linear(20, 784)), "decoder"),
         (lambda: with_part("latent_z", nn.Linear(8, 20)), "posterior"),
@@ -558,7 +557,9 @@ def test_command_writes_the_explorer(
 
 def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
-    _, _, run = train.train(few_digits, epochs=1, hidden_size=8, latent_size=3, hold_out=60, out_dir=tmp_path)
+    _, _, run = train.train(
+        few_digits, epochs=1, hidden_size=8, latent_size=3, hold_out=60, binarize="dynamic", out_dir=tmp_path
+    )
     content = make.explore(run / "checkpoint.pt", "data")
     held = load_dataset(str(few_digits), hold_out=60)
     labels = json.loads(re.search(r'"labels":(\[[\d,]*\])', content)[1])

@@ -15,7 +15,7 @@ import utils
 from data import ImageData
 from model import VAE, LatentZ
 from tests.conftest import run_ranks
-from tests.kinds import KINDS, SIZE, FlowPosterior, FlowPrior, Gray, MixturePrior, SmallVAE, TwoLayers
+from tests.kinds import IN_GRAY, KINDS, SIZE, FlowPosterior, FlowPrior, MixturePrior, SmallVAE, TwoLayers
 from utils import UserError
 
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "device": "cpu", "precision": "highest"}
@@ -30,7 +30,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fit(kind: type[VAE], data: ImageData, out_dir: Path, epochs: int, **options: object) -> tuple[VAE, Path]:
     torch.manual_seed(1)
-    options = OPTIONS | {"binarize": "none" if kind is Gray else "dynamic"} | options
+    options = OPTIONS | {"binarize": "none" if kind in IN_GRAY else "dynamic"} | options
     model, _, run = train.train(data, kind(), **options, epochs=epochs, out_dir=out_dir)
     return model, run
 
@@ -115,7 +115,7 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
     model, _ = fit(kind, small, tmp_path, 3)
     before = copy.deepcopy(model.state_dict())
     model.train()  # as in a loop of somebody's own
-    binarize, images, labels = "none" if kind is Gray else "dynamic", small.test_images[:30], small.test_labels[:30]
+    binarize, images, labels = "none" if kind in IN_GRAY else "dynamic", small.test_images[:30], small.test_labels[:30]
     metrics = evaluate.evaluate(model, images, binarize, nll_samples=20_000, labels=labels)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -131,9 +131,10 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
 @kinds
 def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path):
     model, run = fit(kind, small, tmp_path, 1)
-    test_set = evaluate.make_test_set(small, "none" if kind is Gray else "dynamic")
+    test_set = evaluate.make_test_set(small, "none" if kind in IN_GRAY else "dynamic")
     names = {name for name, _ in evaluate.draw_all(model, small, test_set, "caption")}
     expected = {"reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png", "manifold.png"}
+    expected |= {"traversals.png"}
     assert names == expected | (set() if kind in WITHOUT_CLOSED_FORM else {"latent_usage.png"})
     loaded, checkpoint = utils.load_checkpoint(run, kind())
     assert not loaded.training
@@ -150,7 +151,7 @@ def test_iwae_of_one_sample_has_the_elbos_expected_gradient(kind: type[VAE], sma
     torch.manual_seed(1)
     model, draws = kind().double().eval(), 20_000
     images, y = small.test_images[:4].flatten(1) / 255, small.test_labels[:4]
-    x, y = (images if kind is Gray else images.round()).double().repeat(draws, 1), y.repeat(draws)
+    x, y = (images if kind in IN_GRAY else images.round()).double().repeat(draws, 1), y.repeat(draws)
 
     def gradients(num_samples: int | None) -> Tensor:
         loss, _ = train.Objective(model, num_samples)(x, x, y, torch.tensor(1.0))
@@ -288,7 +289,7 @@ def test_a_model_for_other_images_is_refused(small: ImageData, tmp_path: Path):
 
 def test_another_class_called_vae_is_not_taken_for_it(small: ImageData, tmp_path: Path):
     other = type("VAE", (VAE,), {})(SIZE, 16, 2)
-    checkpoint = {"model": other.config, "model_state_dict": other.state_dict(), "class": utils.class_name(other)}
+    checkpoint = {"model": other.config, "model_state_dict": other.state_dict(), "class": utils.class_name(type(other))}
     utils.save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
     utils.load_checkpoint(tmp_path, other)
     with pytest.raises(UserError, match="class"):

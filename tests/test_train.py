@@ -30,7 +30,7 @@ SMALL_ARGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.ite
 def small_data(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fifth of the bundled digits, and no pictures: the tests that need them ask for them."""
     few = thinned(digits, 5)
-    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:] or [0]))
+    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:4] or [0]))
     monkeypatch.setattr(train, "draw", lambda *args: None)
 
 
@@ -437,7 +437,7 @@ def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(train, "fit", lambda model, checkpoint, options, *_: epochs.append(options.epochs))
     train.train(**SMALL, out_dir=str(tmp_path))
     few = replace(train.load_dataset(), name="mnist")
-    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:] or [0]))
+    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:4] or [0]))
     train.train(out_dir=str(tmp_path))
     assert epochs == [150, 20]
 
@@ -656,6 +656,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "dataset": "mnist-5k",
         "data_dir": str(tmp_path / "data"),
         "image_size": None,
+        "grayscale": True,
         "hold_out": 100,
         "epochs": 1,
         "batch_size": 300,
@@ -668,6 +669,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "encoder_layers": 1,
         "decoder_layers": 3,
         "activation": "silu",
+        "likelihood": "bernoulli",
         "init": "burda2016",
         "binarize": "threshold",
         "objective": "elbo",
@@ -686,9 +688,9 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     args = [
         f"{utils.flag(name)}={value}"
         for name, value in given.items()
-        if name not in ("average", "compile", "image_size")
+        if name not in ("average", "compile", "grayscale", "image_size")
     ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile", "--grayscale"])
     train.main()
     run = tmp_path / "runs" / "001-mnist-5k-z2"
     assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
@@ -716,6 +718,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         {"activation": "tanh"},
         {"init": "burda2016"},
         {"binarize": "none"},
+        {"likelihood": "logistic"},
         {"binarize": "threshold"},
         {"adam_eps": 1.0},
         {"clip_grad_norm": 500.0},

@@ -1,0 +1,137 @@
+"""Pictures in colour and of 8 bits: from files to pictures, with the likelihood of their 256 levels."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+import utils
+from data import ImageData
+from model import VAE
+
+SMALL = ["--epochs=2", "--hidden-size=16", "--latent-size=2", "--batch-size=50", "--device=cpu"]
+DRAWN = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage", "manifold"}
+DRAWN |= {"traversals", "least_likely"}
+
+
+def make_images(n: int, size: int) -> np.ndarray:
+    """Squares of a random colour on a ground of another, (n, size, size, 3) uint8."""
+    rng = np.random.default_rng(0)
+    images = np.ones((n, size, size, 3)) * rng.integers(0, 256, (n, 1, 1, 3))
+    images[:, size // 4 : -size // 4, size // 4 : -size // 4] = rng.integers(0, 256, (n, 1, 1, 3))
+    return images.astype(np.uint8)
+
+
+@pytest.fixture
+def colours() -> ImageData:
+    images, labels = torch.from_numpy(make_images(100, 8)).permute(0, 3, 1, 2), torch.arange(100) % 2
+    return ImageData("colours", ["a", "b"], images[:80], labels[:80], images[80:], labels[80:])
+
+
+def run(monkeypatch: pytest.MonkeyPatch, main: Callable, *args: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
+    main()
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_from_files_to_pictures(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    if kind == "folder":
+        source, size = tmp_path / "mine", ["--image-size=16"]
+        for i, image in enumerate(make_images(150, 20)):
+            path = source / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    else:
+        source, size = tmp_path / "mine.npz", []
+        np.savez(source, images=make_images(150, 32))
+    run(monkeypatch, train.main, "--dataset", source, *size, *SMALL, "--out-dir", tmp_path / "runs")
+    assert "bits per dimension" in capsys.readouterr().out
+    run(monkeypatch, train.main, "--resume", tmp_path / "runs" / "001-mine-z2", "--epochs=3")
+    run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
+    made = tmp_path / "runs" / "001-mine-z2"
+    assert {path.stem for path in made.glob("*.png")} == DRAWN
+    model, checkpoint = utils.load_checkpoint(made)
+    side = 16 if kind == "folder" else 32
+    assert (model.config["input_size"], model.config["channels"], model.config["likelihood"]) == (
+        3 * side**2,
+        3,
+        "logistic",
+    )
+    assert (checkpoint["epoch"], checkpoint["options"]["binarize"]) == (3, "none")
+    metrics = json.loads((made / "metrics.json").read_text("utf-8"))
+    assert metrics["bits_per_dim"] == pytest.approx(metrics["nll"] / (3 * side**2) / math.log(2))
+    assert f"{metrics['bits_per_dim']:.3f}" in capsys.readouterr().out
+
+
+def test_a_gray_version_is_trained_and_tested_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)
+    np.savez(tmp_path / "mine.npz", images=make_images(60, 8))
+    run(monkeypatch, train.main, "--dataset", tmp_path / "mine.npz", "--grayscale", *SMALL, "--out-dir", tmp_path)
+    made = tmp_path / "001-mine-z2"
+    run(monkeypatch, train.main, "--resume", made, "--epochs=3")
+    run(monkeypatch, evaluate.main, made, "--nll-samples=1")
+    run(monkeypatch, evaluate.main, made, "--nll-samples=1", "--dataset", tmp_path / "mine.npz")
+    assert utils.load_checkpoint(made)[0].config["channels"] == 1
+
+
+def test_a_colour_model_is_tested_on_gray_pictures(colours: ImageData, tmp_path: Path):
+    _, _, made = train.train(colours, epochs=1, hidden_size=8, latent_size=2, out_dir=tmp_path)
+    np.savez(tmp_path / "gray.npz", images=make_images(60, 8)[..., 0])
+    metrics = evaluate.evaluate_run(made, dataset=tmp_path / "gray.npz", nll_samples=1)
+    assert metrics["bits_per_dim"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("mnist-5k", {}, ("bernoulli", "dynamic")),
+        ("mnist-5k", {"binarize": "none"}, ("bernoulli", "none")),
+        ("mnist-5k", {"likelihood": "logistic"}, ("logistic", "none")),
+        ("cifar10", {}, ("logistic", "none")),
+        ("svhn", {"grayscale": True}, ("logistic", "none")),
+        ("mine", {}, ("logistic", "none")),
+        ("mine", {"binarize": "none"}, ("logistic", "none")),
+        ("mine", {"binarize": "threshold"}, ("bernoulli", "threshold")),
+        ("mine", {"likelihood": "bernoulli"}, ("bernoulli", "dynamic")),
+        ("mine", {"likelihood": "bernoulli", "binarize": "none"}, ("bernoulli", "none")),
+    ],
+)
+def test_defaults_follow_the_data(name: str, given: dict, expected: tuple, colours: ImageData, tmp_path, monkeypatch):
+    images = [part[:, :1] if given.get("grayscale") else part for part in (colours.train_images, colours.test_images)]
+    data = ImageData(name, colours.classes, images[0], colours.train_labels, images[1], colours.test_labels)
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    model, _, made = train.train(data, epochs=1, hidden_size=8, latent_size=2, out_dir=tmp_path, **given)
+    options = utils.read_checkpoint(made)["options"]
+    assert (options["likelihood"], options["binarize"]) == expected
+    assert model.config["likelihood"] == expected[0]
+    metrics = evaluate.evaluate(model, data.test_images, nll_samples=1)
+    assert (metrics["bits_per_dim"] is None) == (expected[0] == "bernoulli")
+
+
+def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, fails: Callable):
+    for likelihood, binarize in (("bernoulli", "dynamic"), ("logistic", "none")):
+        model = VAE(192, 8, 2, likelihood=likelihood, channels=3)
+        _, _, made = train.train(colours, model, epochs=1, out_dir=tmp_path)
+        options = utils.read_checkpoint(made)["options"]
+        assert (options["likelihood"], options["binarize"]) == (likelihood, binarize)
+    with pytest.raises(utils.UserError, match="--likelihood"):
+        train.train(colours, model, epochs=1, out_dir=tmp_path, likelihood="bernoulli")
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium", "bfloat16"])
+def test_the_logistic_learns_in_any_precision(precision: str, colours: ImageData, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    options = {"epochs": 150, "hidden_size": 64, "latent_size": 6, "batch_size": 40, "lr": 5e-3, "device": "cpu"}
+    model, history, _ = train.train(colours, out_dir=tmp_path, precision=precision, **options)
+    bits = [evaluate.bits_per_dim(history[i]["test_loss"], 192) for i in (0, -1)]
+    assert bits[0] > 7
+    assert bits[1] < 6.5  # uniform noise has 8
+    assert (model.log_scale < -2.05).all()  # where it started: the scales are learned
