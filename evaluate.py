@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 NLL_SAMPLES = 100
 BLUE, ORANGE, GRAY = "#3f90da", "#ffa90e", "#94a4a2"
+TERMS = ("test_reconstruction", "test_kl")  # of test_loss, in metrics.csv
 
 
 class Examples(NamedTuple):
@@ -337,30 +338,50 @@ def _prior_quantiles(p: Distribution, shares: Tensor) -> Tensor:
 
 def draw_curves(history: list[dict[str, float]], caption: str) -> "Figure":
     """Training and test loss over the epochs, and the test loss's two terms, from the rows of metrics.csv."""
+    figure, (left, *others) = _new_panels(f"Training curves: {caption}", len(history))
+    _plot_column(left, history, "train_loss", ORANGE, "training set, as it was learned")
+    _plot_column(left, history, "test_loss", BLUE, "test set, after the epoch")
+    for axes, column in zip(others, TERMS, strict=True):
+        _plot_column(axes, history, column, BLUE, "test set")
+    for axes in (left, *others):
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_comparison(histories: dict[str, list[dict[str, float]]]) -> "Figure":
+    """The test loss and its two terms over the epochs, of several runs by their names."""
+    figure, panels = _new_panels("Test set, after each epoch", max(map(len, histories.values())))
+    for (name, history), color in zip(histories.items(), class_colors(len(histories)), strict=True):
+        for axes, column in zip(panels, ("test_loss", *TERMS), strict=True):
+            _plot_column(axes, history, column, color, name)
+    figure.set_figheight(3 + 0.2 * len(histories))
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center")
+    return figure
+
+
+def _plot_column(axes: Any, history: list[dict[str, float]], column: str, color: Any, label: str) -> None:
+    epochs, values = zip(*((row["epoch"], row[column]) for row in history), strict=True)
+    axes.plot(epochs, values, marker=".", color=color, label=verbatim(label))
+
+
+def _new_panels(title: str, epochs: int) -> tuple["Figure", list[Any]]:
+    """A figure with axes for the loss and its two terms."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    figure.suptitle(verbatim(f"Training curves: {caption}"), fontsize=10)
-    panels = {
-        "loss": {"train_loss": "training set, as it was learned", "test_loss": "test set, after the epoch"},
-        "reconstruction": {"test_reconstruction": "test set"},
-        "KL": {"test_kl": "test set"},
-    }
-    epochs = [row["epoch"] for row in history]
-    for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for (column, label), color in zip(columns.items(), (ORANGE, BLUE)[-len(columns) :], strict=True):
-            axes.plot(epochs, [row[column] for row in history], marker=".", color=color, label=label)
-        axes.set(title=title, xlabel="epoch", ylabel="nats per image")
+    figure.suptitle(verbatim(title), fontsize=10)
+    panels = figure.subplots(1, 3).tolist()
+    for axes, name in zip(panels, ("loss", "reconstruction", "KL"), strict=True):
+        axes.set(title=name, xlabel="epoch", ylabel="nats per image")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-        if len(history) > 10:  # most happens in the first epochs
+        if epochs > 10:  # most happens in the first epochs
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:.0f}")
             axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
-    return figure
+    return figure, panels
 
 
 def draw_tiles(
@@ -506,13 +527,13 @@ class OpenedRun(NamedTuple):
 
 def open_run(
     run: str | Path,
-    model: VAE | None,
-    dataset: str | ImageData | None,
-    data_dir: str | Path,
-    binarize: str | None,
-    device: str,
-    out_dir: str | Path | None,
-    hold_out: int | None,
+    model: VAE | None = None,
+    dataset: str | ImageData | None = None,
+    data_dir: str | Path = "data",
+    binarize: str | None = None,
+    device: str = "auto",
+    out_dir: str | Path | None = None,
+    hold_out: int | None = None,
 ) -> OpenedRun:
     """Loads what evaluate_run's arguments name. Raises UserError."""
     device, path = utils.choose_device(device), utils.checkpoint_path(run)
@@ -608,7 +629,7 @@ def sample_images(model: VAE, y: Tensor, temperature: float = 1.0, draw_pixels: 
     return likelihood.sample() if draw_pixels else likelihood.mean
 
 
-def write_samples(opened: OpenedRun, n: int, label: str | None, seed: int, **how: Any) -> Path:
+def write_samples(opened: OpenedRun, n: int, label: str | None = None, **how: Any) -> Path:
     """Writes n images from the prior, 00000.png and so on, into a new folder `samples`. `how` is sample_images'.
 
     They are of one class, by its name, or of all in turn. Raises UserError for an unknown label or an existing folder,
@@ -623,12 +644,33 @@ def write_samples(opened: OpenedRun, n: int, label: str | None, seed: int, **how
     if folder.exists():
         raise UserError(f"{folder} exists: delete it, or name another --out-dir")
     y = torch.arange(n) % len(classes) if label is None else torch.full((n,), classes.index(label))
-    images = sample_images(opened.model, y.to(next(opened.model.parameters()).device), seed=seed, **how)
+    images = sample_images(opened.model, y.to(next(opened.model.parameters()).device), **how)
     pixels = (255 * images.float().cpu()).round().byte().view(n, *opened.dataset.shape).permute(0, 2, 3, 1)
     folder.mkdir(parents=True)
     for i, image in enumerate(pixels.numpy()):
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:05d}.png")
     return folder
+
+
+def compare_runs(runs: list[str], out_dir: str | Path) -> Path:
+    """Writes compared.png, with the runs' test losses. Each is named by the options in which they differ.
+
+    Raises UserError for a file that is not a run, and OSError.
+    """
+    paths = [utils.checkpoint_path(run) for run in runs]
+    checkpoints = [utils.read_checkpoint(path) for path in paths]
+    options = [checkpoint.get("options", {}) | {"class": checkpoint.get("class")} for checkpoint in checkpoints]
+    different = [name for name in options[0] if any(other.get(name) != options[0][name] for other in options)]
+    histories = {}
+    for path, checkpoint, given in zip(paths, checkpoints, options, strict=True):
+        if not checkpoint.get("history"):
+            raise UserError(f"{path} has no history of a training run")
+        how = ", ".join(f"{name} {given.get(name)}" for name in different)
+        histories[how if how not in histories else f"{path.parent.name} {how}"] = checkpoint["history"]
+    path = Path(out_dir) / "compared.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(draw_comparison(histories), path)
+    return path
 
 
 def add_nll_samples(parser: utils.ArgumentParser) -> None:
@@ -652,7 +694,25 @@ def main() -> None:
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     parser.add_argument("--out-dir", help="where to write (default: the run folder, or FILE/ for FILE.pt)")
     parser.add_argument("--seed", type=utils.number(int, 0, 2**40), default=0, help="of the draws of z")
-    evaluate_run(**vars(parser.parse_args()))
+    add = parser.add_argument_group("instead of metrics and pictures").add_argument
+    add("--compare", nargs="+", metavar="RUN", help="draw these runs' test losses into one picture, compared.png")
+    add("--samples", type=utils.count, help="write as many images from the prior into a folder called samples")
+    add("--label", help="of the samples, for a conditional model (default: all in turn)")
+    add("--temperature", type=utils.number(float, 1e-3, 1e3), help="scale of the prior's deviation, for the samples")
+    add("--draw-pixels", action="store_true", help="draw the samples' pixels too, instead of showing their means")
+    args = vars(parser.parse_args())
+    others, n = args.pop("compare"), args.pop("samples")
+    how = {name: args.pop(name) for name in ("label", "temperature", "draw_pixels")}
+    if n is None and any(how.values()):
+        parser.error("--label, --temperature and --draw-pixels are for --samples")
+    if others:
+        print(f"wrote {compare_runs(others, args['out_dir'] or '.')}")
+    elif n:
+        seed, _ = args.pop("seed"), args.pop("nll_samples")
+        how = {name: value for name, value in how.items() if value is not None}
+        print(f"wrote {write_samples(open_run(**args), n, seed=seed, **how)}")
+    else:
+        evaluate_run(**args)
 
 
 if __name__ == "__main__":
