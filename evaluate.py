@@ -152,14 +152,16 @@ def evaluate(
         raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
     device = next(model.parameters()).device
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+    if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.dtype != torch.int64:
+        raise UserError(f"the labels must be a tensor ({len(images)},) of type int64, one for each image")
     binarize = binarize or usual_binarization(model)
     test_set = Examples(*binarize_test_set(images.to(device), binarize), labels.to(device))
     return _measure(model, test_set, binarize, nll_samples, seed)
 
 
 def _measure(model: VAE, test_set: Examples, binarize: str, nll_samples: int, seed: int) -> dict[str, Any]:
-    if nll_samples < 1:
-        raise UserError(f"nll_samples must be 1 or more, not {nll_samples}")
+    if not isinstance(nll_samples, int) or nll_samples < 1:
+        raise UserError(f"nll_samples must be a whole number, 1 or more, not {nll_samples}")
     torch.manual_seed(seed)
     reconstruction, kl = elbo_terms(model, test_set)
     means, by_latent = posterior_means(model, test_set)
@@ -562,6 +564,7 @@ def open_test_data(
 
     Raises UserError if the images do not fit the model, or the run's own have changed.
     """
+    check_kind("auto" if dataset is None else dataset)
     options, is_the_runs = checkpoint.get("options", {}), dataset is None and hold_out is None
     if hold_out is None:
         hold_out = 0 if isinstance(dataset, str | Path) else options.get("hold_out", 0)
@@ -576,6 +579,12 @@ def open_test_data(
     if is_the_runs:
         check_same_images(checkpoint, dataset, path)
     return dataset
+
+
+def check_kind(dataset: Any) -> None:
+    """Raises UserError unless a data set is given by name, by path or as ImageData."""
+    if not isinstance(dataset, str | Path | ImageData):
+        raise UserError(f"dataset must be a name, a path or ImageData, not {type(dataset).__name__}")
 
 
 def check_images(model: VAE, dataset: ImageData) -> None:

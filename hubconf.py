@@ -1,37 +1,74 @@
 """torch.hub.load("PATH/OR/USER/REPO", "vae", source="local") builds the model without a copy of the code.
 
-With pretrained="default" it is one of the trained models in weights/.
+With pretrained="default" it is one of the trained models in weights/. A program may have modules of its own called
+utils or model, say. They are not disturbed.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-import utils
-from model import VAE
+if TYPE_CHECKING:
+    from model import VAE
 
 dependencies = ["torch"]
-WEIGHTS = Path(__file__).parent / "weights"
+ROOT = Path(__file__).resolve().parent
+FOLDERS = ROOT, ROOT / "experiments"  # of the modules
+WEIGHTS = ROOT / "weights"
 
 
-def vae(pretrained: str | None = None, **kwargs: int | str) -> VAE:
+def vae(pretrained: str | None = None, **kwargs: int | str) -> "VAE":
     """A VAE with the arguments of model.VAE, or a trained one in eval mode.
 
     pretrained is the name of a file in weights/, such as "default", and the only argument then. Raises UserError if
-    there is no such file.
+    there is no such file. Save the model's state_dict, because pickle would not find its class again.
     """
-    if not pretrained:
-        return VAE(**kwargs)
-    names = sorted(path.stem for path in WEIGHTS.glob("*.pt"))
-    if pretrained not in names or kwargs:
-        raise utils.UserError(f"pretrained must be one of {', '.join(names)}, and the only argument, not {pretrained}")
-    return load(WEIGHTS / f"{pretrained}.pt")[0]
+    with own_modules():
+        from model import VAE
+        from utils import UserError
+
+        if not pretrained:
+            return VAE(**kwargs)
+        names = sorted(path.stem for path in WEIGHTS.glob("*.pt"))
+        if pretrained not in names or kwargs:
+            raise UserError(f"pretrained must be one of {', '.join(names)}, and the only argument, not {pretrained}")
+        return load(WEIGHTS / f"{pretrained}.pt")[0]
 
 
-def load(path: str | Path) -> tuple[VAE, dict[str, Any]]:
+def load(path: str | Path) -> tuple["VAE", dict[str, Any]]:
     """Does what utils.load_checkpoint does, also for a VampVAE."""
-    checkpoint, model = utils.read_checkpoint(path), None
-    if checkpoint.get("class", "VAE").endswith("VampVAE"):
-        from experiments.vampprior import VampVAE  # needs more packages than the VAE
+    with own_modules():
+        import utils
 
-        model = VampVAE(**checkpoint["model"])
-    return utils.load_checkpoint(path, model)
+        path = utils.checkpoint_path(path)
+        checkpoint, model = utils.read_checkpoint(path), None
+        if checkpoint.get("class", "VAE").endswith("VampVAE"):
+            from vampprior import VampVAE  # needs more packages than the VAE
+
+            model = VampVAE(**checkpoint["model"])
+        return utils.load_weights(checkpoint, path, model), checkpoint
+
+
+@contextlib.contextmanager
+def own_modules() -> Iterator[None]:
+    """Makes imports find this repository's modules. Restores a program's own modules of the same names afterwards."""
+    names = {path.stem for folder in FOLDERS for path in folder.glob("*.py")}
+
+    def namesakes() -> dict[str, ModuleType]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
+
+    modules, path = namesakes(), sys.path[:]
+    for name, module in modules.items():
+        if Path(getattr(module, "__file__", None) or "").resolve().parent not in FOLDERS:
+            del sys.modules[name]
+    sys.path[:0] = map(str, FOLDERS)
+    try:
+        yield
+    finally:
+        for name in namesakes():
+            del sys.modules[name]
+        sys.modules.update(modules)
+        sys.path[:] = path

@@ -11,6 +11,7 @@ reconstructions and samples. python evaluate.py then measures and shows what the
 
 import contextlib
 import copy
+import inspect
 import math
 import sys
 import time
@@ -367,12 +368,10 @@ def train(
     image) and the run folder. Raises UserError for a bad value, and OSError if the run folder cannot be written. Seeds
     PyTorch's generators and flushes denormals.
     """
-    if not isinstance(dataset, str | Path | ImageData):
-        raise UserError(f"dataset must be a name, a path or ImageData, not {type(dataset).__name__}")
     if isinstance(model, VAE) and (fixed := sorted(options.keys() & {*SIZES, "init"})):
         raise UserError(f"{', '.join(map(flag, fixed))}: only for a new model; the one given has its own")
     options = make_options(dataset=dataset.name if isinstance(dataset, ImageData) else dataset, **options)
-    dataset, model = set_up(dataset, model or VAE, options)
+    dataset, model = set_up(dataset, VAE if model is None else model, options, on_epoch)
     complete(options, dataset, model)
     check_model(model, dataset, options)
     checkpoint = {"history": [], "training_weights": model.state_dict()}
@@ -405,7 +404,7 @@ def resume(
     """
     path, checkpoint, options = read_run(run, changes)
     epoch, history = checkpoint["epoch"], checkpoint["history"]
-    dataset, model = set_up(dataset or options.dataset, model, options)
+    dataset, model = set_up(options.dataset if dataset is None else dataset, model, options, on_epoch)
     model = utils.load_weights(checkpoint, path, model)
     check_model(model, dataset, options)
     evaluate.check_same_images(checkpoint, dataset, path)
@@ -415,6 +414,8 @@ def resume(
         write_table(path.parent, history)
         draw(path.parent, model, dataset, evaluate.make_test_set(dataset, options.binarize), options, history)
     elif epoch < options.epochs:
+        for unfinished in path.parent.glob(".*.part"):  # left by a killed process
+            unfinished.unlink(missing_ok=True)
         fit(model, checkpoint, options, dataset, path.parent, on_epoch)
     return model, history, path.parent
 
@@ -440,12 +441,17 @@ def read_run(run: str | Path, changes: dict[str, Any]) -> tuple[Path, dict[str, 
     return path, checkpoint, options
 
 
-def set_up(dataset: str | Path | ImageData, model: Model | None, options: Namespace) -> tuple[ImageData, VAE | None]:
+def set_up(
+    dataset: str | Path | ImageData, model: Model | None, options: Namespace, on_epoch: OnEpoch | None = None
+) -> tuple[ImageData, VAE | None]:
     """Sets up PyTorch, and turns train's arguments into a data set and a model, which the options then name.
 
     Raises UserError if the machine lacks what the options ask for.
     """
     utils.choose_device(options.device)
+    evaluate.check_kind(dataset)
+    if on_epoch:  # the wrong arguments would otherwise be noticed only after an epoch
+        inspect.signature(on_epoch).bind(model, [])
     _, ranks = rank_and_ranks()
     if options.batch_size < ranks:
         raise UserError(f"--batch-size must be {ranks} or more, for as many processes, not {options.batch_size}")
@@ -465,7 +471,13 @@ def set_up(dataset: str | Path | ImageData, model: Model | None, options: Namesp
     options.likelihood = options.likelihood or usual_likelihood(dataset, options)
     if model is not None and not isinstance(model, VAE):
         utils.seed_epoch(options.seed, 0)
-        model = make_vae(dataset, options, model) if isinstance(model, type) else model(dataset, options)
+        if isinstance(model, type) and issubclass(model, VAE):
+            model = make_vae(dataset, options, model)
+        elif callable(model):
+            model = model(dataset, options)
+        if not isinstance(model, VAE):
+            kinds = "a VAE, a subclass, or a function of the data and the options that makes one"
+            raise UserError(f"model must be {kinds}, not {type(model).__name__}")
         if options.init == "burda2016":
             initialize(model, dataset.train_images.flatten(1))
     return dataset, model
@@ -545,6 +557,12 @@ def check_model(model: VAE, dataset: ImageData, options: Namespace) -> None:
         if value.shape != shape:
             sizes = f"z of shape {tuple(z.shape)} and images of shape {tuple(targets.shape)}"
             raise UserError(f"{name}.{what} has shape {tuple(value.shape)}, not {shape}, for {sizes}")
+    share = min(options.batch_size, len(dataset.train_images)) // rank_and_ranks()[1]
+    try:
+        copy.deepcopy(model).train().elbo_terms(inputs[:share], targets[:share], y[:share])
+    except ValueError as error:  # a normalization's
+        why = utils.one_line(error)
+        raise UserError(f"{name} cannot train on batches of {share}: {why}. Try a larger --batch-size") from error
 
 
 def check_training_state(checkpoint: dict[str, Any], path: Path, model: VAE) -> None:

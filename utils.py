@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import difflib
+import errno
 import functools
 import importlib
 import io
@@ -9,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import zipfile
@@ -59,13 +62,17 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        words = shlex.shlex(arg_line, posix=True)
+        words.whitespace_split, words.escape = True, ""  # a backslash belongs to a Windows path
         try:
-            return shlex.split(arg_line, comments=True)
+            return list(words)
         except ValueError as error:
             raise UserError(f"in the argument file, {arg_line!r}: {one_line(error)}") from error
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
+        unknown = re.search(r"unrecognized arguments:.*? (-[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.75) if unknown else []
+        raise UserError(f"{message} ({f'did you mean {near[0]}?' if near else 'see --help'})")
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
@@ -103,8 +110,9 @@ def one_line(error: BaseException) -> str:
 
 
 def shell_line(*args: object) -> str:
-    """A command to paste into a shell."""
-    return shlex.join(map(str, args))
+    """A command to paste into this system's shell."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([str(arg) for arg in args])
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -112,6 +120,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        os.environ.pop("MPLBACKEND", None)  # commands need none, and a notebook's may not be installed here
         try:
             return main(*args, **kwargs)
         except (UserError, UnicodeDecodeError) as error:
@@ -157,8 +166,9 @@ def hold_signals() -> Iterator[Callable[[], None]]:
 # Devices and processes
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str | torch.device = "auto") -> torch.device:
     """The device of that name; auto is the first of cuda, mps and cpu. Raises UserError if this machine lacks it."""
+    name = str(name)
     available = {"cuda": has_gpus(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device in available if available[device])
@@ -224,17 +234,26 @@ def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Replaces a file atomically, so a crash leaves either the old or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)  # a full disk does not say so itself
         raise
+
+
+def sync(descriptor: int) -> None:
+    """Waits until a file is on the disk, if its file system can say so. Raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network mounts do
+            raise
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -345,11 +364,21 @@ def checkpoint_path(run: str | Path) -> Path:
 
 
 def newest_run(out_dir: str | Path) -> Path:
-    """The run folder with the highest number that has a checkpoint. Raises UserError if there is none."""
-    runs = [(number, run) for number, run in _runs(Path(out_dir)) if (run / "checkpoint.pt").is_file()]
-    if not runs:
-        raise UserError(f"no checkpoint at {out_dir}, nor in a run there: train one with python train.py")
-    return max(runs)[1]
+    """The run folder with the highest number that has a checkpoint, and so has finished an epoch.
+
+    Says so if a newer run has none. Raises UserError if there is no such run, or if a copy has the same number.
+    """
+    runs = sorted(_runs(Path(out_dir)), reverse=True)
+    finished = [(number, run) for number, run in runs if (run / "checkpoint.pt").is_file()]
+    if not finished:
+        how = "a run writes its first after an epoch; train one with python train.py"
+        raise UserError(f"no checkpoint at {out_dir}, nor in a run there: {how}")
+    newest, *copies = sorted(run for number, run in finished if number == finished[0][0])
+    if copies:
+        raise UserError(f"{newest} and {copies[0]} have the same number: name the one you mean")
+    if runs[0][0] > finished[0][0]:
+        print(f"{runs[0][1]} has not finished an epoch yet; taking {newest}", file=sys.stderr)
+    return newest
 
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:

@@ -25,14 +25,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,6 +41,9 @@ import train
 import utils
 from evaluate import BLUE, GRAY, ORANGE
 from model import loss_criterion
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OPTIONS = ("dataset", "data_dir", "batch_size", *train.SIZES, "epochs", "device")  # those of train.py
 Measurement = Callable[[], float]  # -> the seconds of one pass over the images
@@ -247,8 +248,10 @@ def compare(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "times": times, "floor": floor}
 
 
-def draw_speeds(speeds: dict[str, float], title: str) -> Figure:
+def draw_speeds(speeds: dict[str, float], title: str) -> "Figure":
     """A bar for each loop's images per second; the last two are train.py and the floor."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 2.2), layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots()
@@ -334,8 +337,11 @@ def scaling(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     return {"sizes": sizes, "seconds": seconds}
 
 
-def draw_scaling(sizes: dict[str, Any], seconds: dict[str, Seconds], title: str) -> Figure:
+def draw_scaling(sizes: dict[str, Any], seconds: dict[str, Seconds], title: str) -> "Figure":
     """A panel for each size, with the seconds per epoch of both loops."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     figure.suptitle(f"Seconds per epoch, with one size changed at a time: {title}", fontsize=9)
     for axes, (name, loops) in zip(figure.subplots(1, len(sizes), sharey=True), seconds.items(), strict=True):

@@ -18,7 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from matplotlib.colors import to_hex
 from torch import Tensor, nn
 
 import hubconf
@@ -88,6 +87,8 @@ def make_page(title: str, notes: list[str], models: dict[str, VAE], dataset: Ima
     models: "main"; perhaps "map", with two latents; and perhaps "vamp", a VampVAE that is only sampled from. Computes
     in float64, so that every machine makes the same page of the same weights.
     """
+    from matplotlib.colors import to_hex
+
     chosen = in_turn(dataset.test_labels.tolist(), 2000)
     images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
     content = {
@@ -102,10 +103,11 @@ def make_page(title: str, notes: list[str], models: dict[str, VAE], dataset: Ima
         "labels": labels.tolist(),
         "models": {role: _page_model(model, images, labels) for role, model in models.items()},
     }
-    folder = ROOT / "docs"
-    parts = {f"@{name}@": (folder / name).read_text() for name in ("page.css", "networks.js", "page.js")}
+    names = ("page.html", "page.css", "networks.js", "page.js")
+    parts = {f"@{name}@": (ROOT / "docs" / name).read_text(encoding="utf-8") for name in names}
     parts["@data@"] = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")  # ends no script element
-    return re.sub("|".join(parts), lambda match: parts[match[0]], (folder / "page.html").read_text())
+    page = parts.pop("@page.html@")
+    return re.sub("|".join(parts), lambda match: parts[match[0]], page)
 
 
 def _page_model(model: VAE, images: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[[str | Path], Br
 
     def open_page(page: str | Path) -> Browser:
         if isinstance(page, str):
-            (tmp_path / "page.html").write_text(page)
+            (tmp_path / "page.html").write_text(page, encoding="utf-8")
             page = tmp_path / "page.html"
         browser.open(page.as_uri())
         return browser
@@ -496,7 +496,7 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
 
 
 def test_the_committed_page_is_what_its_command_makes():
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     assert len(page.encode()) <= 8_000_000
     assert not re.search(r"""(src|href|action)=["']?(?!["']?(#|data:,))""", page)
     assert not re.search(r"url\(|fetch\(|XMLHttp|import\(|WebSocket", page)
@@ -547,7 +547,7 @@ def test_command_writes_the_explorer(
     utils.save_checkpoint(path, utils.read_checkpoint(path) | {"checksum": few.checksum()})
     monkeypatch.setattr("sys.argv", ["make.py", str(path)])
     make.main()
-    page = (tmp_path / "best-likelihood" / "explorer.html").read_text()
+    page = (tmp_path / "best-likelihood" / "explorer.html").read_text(encoding="utf-8")
     assert "mnist-5k, binarize dynamic, latent size 50, epoch 850" in page
     vamp = utils.read_checkpoint(WEIGHTS / "vampprior.pt") | {"checksum": few.checksum()}
     utils.save_checkpoint(tmp_path / "vampprior.pt", vamp)

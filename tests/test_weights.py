@@ -32,7 +32,7 @@ def test_reconstructs_the_bundled_digits(path: Path, digits: ImageData):
 
 
 def test_all_are_listed_and_small():
-    table = (hubconf.WEIGHTS / "README.md").read_text()
+    table = (hubconf.WEIGHTS / "README.md").read_text(encoding="utf-8")
     assert all(f"[{path.name}]({path.name})" in table for path in WEIGHTS)
     assert sum(path.stat().st_size for path in WEIGHTS) < 12e6
 

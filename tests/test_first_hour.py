@@ -1,0 +1,274 @@
+"""What went wrong in other people's first hour: inherited settings, copied folders, namesakes, two commands at once."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import train
+import utils
+from data import ImageData
+from model import VAE
+from tests.conftest import processes, thinned
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, object]:
+    small = {"hidden_size": 16, "latent_size": 2, "epochs": 1, "device": "cpu", "compile": False}
+    return small | {"out_dir": tmp_path / "runs"}
+
+
+@pytest.fixture(scope="module")
+def few(digits: ImageData) -> ImageData:
+    return thinned(digits, 20)
+
+
+def run_script(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, encoding="utf-8", timeout=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a command inherits
+
+COMMANDS = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/docs"]
+import evaluate, make, train
+for main, *words in ((train.main, *{train!r}), (evaluate.main, {run!r}, "--nll-samples=1"), (make.main, {run!r})):
+    sys.argv = ["command.py", *words]
+    main()
+"""
+
+
+def test_neither_a_backend_nor_the_locale_matters(few_digits: Path, tmp_path: Path):
+    """A notebook's backend may not be installed here, and files are UTF-8 even where the locale is ASCII."""
+    run = tmp_path / "001-few-z2"
+    words = [f"--dataset={few_digits}", "--epochs=1", "--latent-size=2", f"--out-dir={tmp_path}"]
+    code = COMMANDS.format(root=str(ROOT), train=words, run=str(run))
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = run_script("-c", code, MPLBACKEND="no-such-backend", **locale)
+    assert (done.returncode, done.stderr) == (0, "")
+    page, script = (path.read_text(encoding="utf-8") for path in (run / "explorer.html", ROOT / "docs" / "page.js"))
+    assert {letter for letter in script if ord(letter) > 127} <= set(page)
+    assert {"curves.png", "manifold.png"} <= {path.name for path in run.iterdir()}
+
+
+def test_a_notebook_keeps_its_backend(few: ImageData, options: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    train.train(few, **options)
+    assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
+
+
+def test_every_file_is_read_and_written_as_utf_8():
+    opens = re.compile(r"(\.read_text|\.write_text|(?<!def )(?<!\.)\bopen)\(")
+    for path in set(ROOT.rglob("*.py")) - set((ROOT / "tests").iterdir()):
+        for line in filter(opens.search, path.read_text(encoding="utf-8").splitlines()):
+            assert re.search(r'encoding="utf-8"|"[rw]b"', line), f"{path}: {line}"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_sync(code: int, few, options: dict, monkeypatch: pytest.MonkeyPatch, capsys):
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if code == errno.EIO:  # the file is not on the disk
+        with pytest.raises(OSError, match=r"checkpoint\.pt"):
+            train.train(few, **options)
+    else:
+        _, _, run = train.train(few, **options)
+        assert (run / "curves.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside a user's own modules
+
+PROGRAM = """
+import sys
+import torch
+if sys.argv[1] == "before":
+    import data.sets, model, train, utils
+models = [torch.hub.load({root!r}, "vae", source="local", latent_size=3)]
+models += [torch.hub.load({root!r}, "vae", source="local", pretrained=name) for name in ("default", "vampprior")]
+import data.sets, model, step, train, utils
+assert data.sets.MINE and model.MINE and step.MINE and train.MINE and utils.MINE
+for vae in models:
+    vae.elbo_terms(torch.rand(2, 784), torch.ones(2, 784))
+    print(type(vae).__name__, *vae.sample(2).shape)
+assert {root!r} not in sys.path
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_torch_hub_beside_modules_of_the_same_names(when: str, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    for name in ("data/__init__", "data/sets", "model", "step", "train", "utils"):
+        (tmp_path / f"{name}.py").write_text("MINE = True\n", encoding="utf-8")
+    (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT)), encoding="utf-8")
+    done = run_script(tmp_path / "program.py", when)
+    assert done.stdout.split("\n") == ["VAE 2 784", "VAE 2 784", "VampVAE 2 784", ""], done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two at once
+
+
+def write_often(path: Path) -> None:
+    for i in range(20):
+        utils.save_checkpoint(path, {"weights": torch.full((10_000,), i)})
+
+
+def test_two_processes_write_the_same_file(tmp_path: Path):
+    path = tmp_path / "checkpoint.pt"
+    write_often(path)
+    started = [processes.Process(target=write_often, args=(path,)) for _ in range(2)]
+    for process in started:
+        process.start()
+    while any(process.is_alive() for process in started):
+        assert len(torch.load(path, weights_only=True)["weights"].unique()) == 1
+    assert [process.exitcode for process in started] == [0, 0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_commands_start_at_once(few_digits: Path, tmp_path: Path):
+    """On an empty machine, without run folders and matplotlib's cache."""
+    cache, runs = str(tmp_path / "mpl"), tmp_path / "runs"
+    words = ("--dataset", few_digits, "--epochs=1", "--hidden-size=16", "--out-dir", runs)
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: run_script(ROOT / "train.py", *words, MPLCONFIGDIR=cache), range(2)))
+    assert [done.returncode for done in both] == [0, 0], both
+    weights = [utils.read_checkpoint(run)["model_state_dict"] for run in runs.iterdir()]
+    assert len(weights) == 2
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which run is the newest
+
+
+def test_a_run_in_its_first_epoch_is_not_the_newest(few, options: dict, monkeypatch: pytest.MonkeyPatch, capsys):
+    _, _, run = train.train(few, **options)
+    unfinished = utils.new_run_folder(run.parent, "few", 2)
+    capsys.readouterr()
+    metrics = evaluate.evaluate_run(run.parent, dataset=few, nll_samples=1)
+    printed = capsys.readouterr()
+    assert printed.err == f"{unfinished} has not finished an epoch yet; taking {run}\n"
+    assert printed.out.startswith(f"{run / 'checkpoint.pt'}: ") and metrics["num_images"] == 50
+    evaluate.evaluate_run(run, dataset=few, nll_samples=1)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="after an epoch"):
+        utils.checkpoint_path(unfinished)
+
+
+@pytest.mark.parametrize("suffix", [" copy", " (1)", ".sync-conflict-20240101", "-backup"])
+def test_a_copy_is_not_taken_for_the_newest(suffix: str, few, options: dict, fails: Callable):
+    _, _, first = train.train(few, **options)
+    _, _, run = train.train(few, **options)
+    shutil.copytree(first, f"{first}{suffix}")
+    assert utils.newest_run(run.parent) == run
+    copy = Path(shutil.copytree(run, f"{run}{suffix}"))
+    assert f"{run} and {copy} have the same number" in fails(evaluate.main, run.parent)
+    assert utils.checkpoint_path(copy).parent == copy
+    assert utils.new_run_folder(run.parent, "few", 2).name == "003-few-z2"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands that are printed and typed
+
+
+def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.MonkeyPatch):
+    lines = {}
+    for system in ("posix", "nt"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "name", system)
+            lines[system] = utils.shell_line("python", "train.py", "--resume", "my runs", "it's")
+    assert lines["posix"] == "python train.py --resume 'my runs' 'it'\"'\"'s'"
+    assert lines["nt"] == 'python train.py --resume "my runs" it\'s'
+
+
+def test_windows_paths_in_an_argument_file(tmp_path: Path):
+    path = tmp_path / "mine.txt"
+    text = "--data-dir C:\\new\\data --out-dir \"D:\\my runs\\\"  # a comment\n--dataset '\\\\server\\it'\n"
+    path.write_text(text, encoding="utf-8")
+    given = train.parse_given(train.make_parser(), [f"@{path}"])
+    assert given == {"data_dir": "C:\\new\\data", "out_dir": "D:\\my runs\\", "dataset": "\\\\server\\it"}
+
+
+NEAR = {"--epoch": "--epochs", "--latnt-size": "--latent-size", "--batch_size": "--batch-size"}
+NEAR |= {"-epochs": "--epochs", "--no-averge": "--no-average", "runs --seeds": "--seed"}
+
+
+@pytest.mark.parametrize("wrong", NEAR)
+def test_the_nearest_option_is_suggested(wrong: str, fails: Callable):
+    for words in (f"{wrong} 5", f"{wrong}=5"):
+        assert f"(did you mean {NEAR[wrong]}?)" in fails(train.main, *words.split())
+
+
+def test_nothing_is_suggested_for_what_is_far_from_all_options(fails: Callable):
+    assert "(see --help)" in fails(train.main, "--number-of-layers", "3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be known before the first step
+
+
+class NormalizedVAE(VAE):
+    def __init__(self, *args: int, **sizes: int | str):
+        super().__init__(*args, **sizes)
+        size = self.config["hidden_size"]
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, size), nn.BatchNorm1d(size))
+
+
+@pytest.mark.parametrize(("images", "batch_size", "is_possible"), [(7, 1, False), (7, 2, True), (7, 3, True)])
+def test_a_normalization_and_a_batch_of_one_image(images, batch_size, is_possible, few, options: dict):
+    first = (few.train_images[:images], few.train_labels[:images], few.test_images, few.test_labels)
+    dataset, options = ImageData("few", few.classes, *first), options | {"batch_size": batch_size}
+    if is_possible:
+        train.train(dataset, NormalizedVAE, **options)
+        return
+    with pytest.raises(UserError, match=r"batches of 1: .*Try a larger --batch-size"):
+        train.train(dataset, NormalizedVAE, **options)
+    assert not options["out_dir"].exists()
+
+
+WRONG = [{"dataset": wrong} for wrong in (torch.zeros(9, 28, 28), None, [1, 2])]
+WRONG += [{"model": wrong} for wrong in ({}, "conv", lambda dataset, options: None)]
+WRONG += [{"on_epoch": wrong} for wrong in (5, lambda model: None)]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_are_refused_before_the_first_step(wrong: dict, few, options: dict, capsys):
+    with pytest.raises((UserError, TypeError)):
+        train.train(**{"dataset": few} | wrong, **options)
+    assert "epoch 1" not in capsys.readouterr().out
+    assert not list(options["out_dir"].glob("*"))
+
+
+def test_wrong_arguments_of_resume_and_evaluate(few, options: dict):
+    model, _, run = train.train(few, **options)
+    tensor, labels = few.test_images, few.test_labels
+    for call in (
+        lambda: train.resume(run, dataset=tensor, epochs=2),
+        lambda: evaluate.evaluate_run(run, dataset=tensor),
+        lambda: evaluate.evaluate_run(run, dataset=few, nll_samples=1.5),
+        lambda: evaluate.evaluate(model, tensor, labels=labels[:3]),
+        lambda: evaluate.evaluate(model, tensor, labels=labels.tolist()),
+        lambda: evaluate.evaluate(model, tensor, labels=labels.float()),
+    ):
+        with pytest.raises(UserError, match=r"dataset must be|whole number|labels must be"):
+            call()
+    evaluate.evaluate_run(run, dataset=few, device=torch.device("cpu"), nll_samples=1)
