@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from model import VAE
@@ -28,34 +28,20 @@ def vae(pretrained: str | None = None, **kwargs: int | str) -> "VAE":
     """
     with own_modules():
         from model import VAE
-        from utils import UserError
+        from utils import UserError, load_checkpoint
 
         if not pretrained:
             return VAE(**kwargs)
         names = sorted(path.stem for path in WEIGHTS.glob("*.pt"))
         if pretrained not in names or kwargs:
             raise UserError(f"pretrained must be one of {', '.join(names)}, and the only argument, not {pretrained}")
-        return load(WEIGHTS / f"{pretrained}.pt")[0]
-
-
-def load(path: str | Path) -> tuple["VAE", dict[str, Any]]:
-    """Does what utils.load_checkpoint does, also for a VampVAE."""
-    with own_modules():
-        import utils
-
-        path = utils.checkpoint_path(path)
-        checkpoint, model = utils.read_checkpoint(path), None
-        if checkpoint.get("class", "VAE").endswith("VampVAE"):
-            from vampprior import VampVAE  # needs more packages than the VAE
-
-            model = VampVAE(**checkpoint["model"])
-        return utils.load_weights(checkpoint, path, model), checkpoint
+        return load_checkpoint(WEIGHTS / f"{pretrained}.pt")[0]
 
 
 @contextlib.contextmanager
 def own_modules() -> Iterator[None]:
     """Makes imports find this repository's modules. Restores a program's own modules of the same names afterwards."""
-    names = {path.stem for folder in FOLDERS for path in folder.glob("*.py")}
+    names = {path.stem for path in ROOT.glob("*.py")} | {"experiments"}
 
     def namesakes() -> dict[str, ModuleType]:
         return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
@@ -64,7 +50,7 @@ def own_modules() -> Iterator[None]:
     for name, module in modules.items():
         if Path(getattr(module, "__file__", None) or "").resolve().parent not in FOLDERS:
             del sys.modules[name]
-    sys.path[:0] = map(str, FOLDERS)
+    sys.path.insert(0, str(ROOT))
     try:
         yield
     finally:

@@ -324,7 +324,7 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = Non
 def find_class(name: str) -> type[VAE]:
     """The class in experiments/ that a checkpoint names, or else VAE. Imports no other class that a file names."""
     for path in sorted((Path(__file__).parent / "experiments").glob("*.py")):
-        if f"\nclass {name.rpartition('.')[2]}(VAE):" in path.read_text("utf-8"):
+        if f"\nclass {name.rpartition('.')[2]}(VAE):" in path.read_text(encoding="utf-8"):
             return getattr(importlib.import_module(f"experiments.{path.stem}"), name.rpartition(".")[2])
     return VAE
 

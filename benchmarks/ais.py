@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
-import hubconf
 import utils
 from evaluate import Examples
 from model import VAE, DiagonalNormal, nll_from_log_weights
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     args = parser.parse_args()
     device = utils.choose_device(args.device)
-    model, checkpoint = hubconf.load(args.run)
+    model, checkpoint = utils.load_checkpoint(args.run)
     dataset = evaluate.open_test_data(model, checkpoint, utils.checkpoint_path(args.run), args.data_dir)
     whole = evaluate.make_test_set(dataset, checkpoint.get("options", {}).get("binarize", "dynamic"), device)
     test_set = Examples(*(part[: args.images] for part in whole))

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch import Tensor, nn
 
-import hubconf
 import utils
 from data import ImageData, load_dataset
 from evaluate import Examples, check_images, class_colors, describe, in_turn, open_test_data, posterior_means
@@ -50,7 +49,7 @@ def make_index(weights: Path) -> str:
     labels = torch.cat([digits.test_labels, digits.train_labels])
     digits = replace(digits, name="mnist", test_images=images, test_labels=labels)
     for role, (name, what) in MODELS.items():
-        models[role], checkpoint = hubconf.load(weights / f"{name}.pt")
+        models[role], checkpoint = utils.load_checkpoint(weights / f"{name}.pt")
         caption = describe(digits, checkpoint["options"]["binarize"], models[role], checkpoint["epoch"])
         notes.append(f"{what}: {caption}.")
     return make_page("A latent space to touch", [*NOTES, *notes], models, digits)
@@ -58,7 +57,7 @@ def make_index(weights: Path) -> str:
 
 def explore(path: Path, data_dir: str) -> str:
     """The page of a checkpoint file and its run's test images. Raises UserError as make_explorer does."""
-    model, checkpoint = hubconf.load(path)
+    model, checkpoint = utils.load_checkpoint(path)
     dataset = open_test_data(model, checkpoint, path, data_dir)
     binarize = checkpoint.get("options", {}).get("binarize", "dynamic")  # other repositories' checkpoints have none
     caption = describe(dataset, binarize, model, checkpoint.get("epoch"))

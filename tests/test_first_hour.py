@@ -57,7 +57,7 @@ for main, *words in ((train.main, *{train!r}), (evaluate.main, {run!r}, "--nll-s
 def test_neither_a_backend_nor_the_locale_matters(few_digits: Path, tmp_path: Path):
     """A notebook's backend may not be installed here, and files are UTF-8 even where the locale is ASCII."""
     run = tmp_path / "001-few-z2"
-    words = [f"--dataset={few_digits}", "--epochs=1", "--latent-size=2", f"--out-dir={tmp_path}"]
+    words = [f"--dataset={few_digits}", "--epochs=1", "--latent-size=2", "--binarize=dynamic", f"--out-dir={tmp_path}"]
     code = COMMANDS.format(root=str(ROOT), train=words, run=str(run))
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = run_script("-c", code, MPLBACKEND="no-such-backend", **locale)
@@ -75,7 +75,7 @@ def test_a_notebook_keeps_its_backend(few: ImageData, options: dict, monkeypatch
 
 def test_every_file_is_read_and_written_as_utf_8():
     opens = re.compile(r"(\.read_text|\.write_text|(?<!def )(?<!\.)\bopen)\(")
-    for path in set(ROOT.rglob("*.py")) - set((ROOT / "tests").iterdir()):
+    for path in {*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")} - set((ROOT / "tests").iterdir()):
         for line in filter(opens.search, path.read_text(encoding="utf-8").splitlines()):
             assert re.search(r'encoding="utf-8"|"[rw]b"', line), f"{path}: {line}"
 

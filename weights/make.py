@@ -9,10 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import hubconf
 import utils
-from data import load_dataset
-from evaluate import evaluate
+from evaluate import evaluate, open_test_data
 
 KEPT = ("model", "class", "options", "checksum", "epoch")
 
@@ -27,13 +25,13 @@ def main() -> None:
     path = Path(__file__).parent / f"{args.name}.pt"
     if path.exists():
         raise utils.UserError(f"{path} exists: delete it first")
-    whole, checkpoint = hubconf.load(args.run)
+    whole, checkpoint = utils.load_checkpoint(args.run)
     if missing := [name for name in KEPT if name not in checkpoint]:
         raise utils.UserError(f"{args.run} is not a run of train.py: it lacks {', '.join(missing)}")
     options, halved = checkpoint["options"], copy.deepcopy(whole)
     half = {name: tensor.half() for name, tensor in checkpoint["model_state_dict"].items()}
     halved.load_state_dict(half)
-    dataset = load_dataset(options["dataset"], args.data_dir, options["image_size"], options.get("hold_out", 0))
+    dataset = open_test_data(whole, checkpoint, utils.checkpoint_path(args.run), args.data_dir)
     before, after = (
         evaluate(model, dataset.test_images, options["binarize"], labels=dataset.test_labels)
         for model in (whole, halved)
