@@ -1,0 +1,166 @@
+"""A trained model put to use: samples as files, what each latent does, the least likely images, runs compared."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+import utils
+from benchmarks import outliers
+from data import ImageData
+from evaluate import make_test_set, sample_images
+from experiments import conditional, vampprior
+from model import VAE, DiagonalNormal
+from tests.conftest import thinned
+
+QUICK = {"epochs": 1, "hidden_size": 16, "latent_size": 3, "batch_size": 100, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def few(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> ImageData:
+    few = thinned(digits, 10)
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: few)
+    return few
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def call(*args: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+        evaluate.main()
+
+    return call
+
+
+def read(folder: Path) -> torch.Tensor:
+    """The pictures of a folder, (N, H, W) or (N, H, W, 3)."""
+    return torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(folder.iterdir())])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
+    model, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
+    call(run, "--samples", 12, "--seed", 5)
+    pictures = read(run / "samples")
+    assert (pictures.shape, pictures.dtype) == ((12, 28, 28), torch.uint8)
+    torch.manual_seed(5)
+    expected = model.decode(torch.randn(12, 3)).view(12, 28, 28)
+    assert (pictures - 255 * expected).abs().max() <= 0.51
+    assert str(run / "samples") in fails(evaluate.main, run, "--samples", 3)  # nothing is overwritten
+    assert len(list((run / "samples").iterdir())) == 12
+    call(run, "--samples", 2, "--out-dir", tmp_path / "other", "--draw-pixels")
+    assert set(read(tmp_path / "other" / "samples").unique().tolist()) <= {0, 255}
+    for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"]):
+        assert "are for --samples" in fails(evaluate.main, run, *words)
+    assert "--samples" in fails(evaluate.main, run, "--samples", 0)
+
+
+def test_samples_of_one_class(few: ImageData, tmp_path: Path, call: Callable, fails: Callable):
+    """evaluate.py finds the classes of the experiments."""
+    torch.manual_seed(0)
+    model, _, run = train.train("mnist-5k", conditional.make_model, **QUICK, out_dir=tmp_path)
+    call(run, "--samples", 20, "--label", "3")
+    call(run, "--samples", 20, "--out-dir", tmp_path / "all")
+    torch.manual_seed(0)
+    z = torch.randn(20, 3)
+    for folder, y in ((run, torch.full((20,), 3)), (tmp_path / "all", torch.arange(20) % 10)):
+        assert (read(folder / "samples").flatten(1) - 255 * model.decode(z, y)).abs().max() <= 0.51
+    message = fails(evaluate.main, run, "--samples", 2, "--label", "eleven", "--out-dir", tmp_path / "none")
+    assert "0, 1, 2" in message
+    assert not (tmp_path / "none").exists()
+
+
+def test_temperature(fails: Callable, tmp_path: Path):
+    model, y = VAE(49, 16, 2).requires_grad_(False), torch.zeros(500, dtype=torch.int64)
+    coldest = sample_images(model, y, temperature=1e-6)
+    torch.testing.assert_close(coldest, model.decode(torch.zeros(500, 2)), atol=1e-4, rtol=0)
+    torch.manual_seed(3)
+    expected = model.decode(0.5 * torch.randn(500, 2))
+    torch.testing.assert_close(sample_images(model, y, 0.5, seed=3), expected)
+    _, _, run = train.train("mnist-5k", vampprior.make_model, **QUICK, out_dir=tmp_path)
+    assert "normal prior" in fails(evaluate.main, run, "--samples", 2, "--temperature", 0.5)
+
+
+def test_drawn_pixels_have_the_means_that_are_shown():
+    for likelihood in ("bernoulli", "logistic"):
+        model = VAE(49, 16, 2, likelihood=likelihood).requires_grad_(False)
+        y = torch.zeros(20_000, dtype=torch.int64)
+        means, drawn = (sample_images(model, y, 1e-6, draw_pixels).mean(0) for draw_pixels in (False, True))
+        torch.testing.assert_close(drawn, means, atol=0.02, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_traversals_move_one_latent_at_a_time():
+    model, z = VAE(49, 16, 3).requires_grad_(False), torch.randn(1, 3)
+    model.prior = lambda y: DiagonalNormal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, -2.0]))
+    images = evaluate.decode_traversals(model, z, [2, 0], torch.tensor([-3.0, 0.0, 1.0]), torch.zeros(1).long())
+    for i, (latent, value) in enumerate([(2, 3 - 3 / torch.e), (2, 3), (2, 3 + 1 / torch.e), (0, -2), (0, 1), (0, 2)]):
+        moved = z.clone()
+        moved[0, latent] = value
+        torch.testing.assert_close(images[i : i + 1], model.decode(moved), atol=1e-4, rtol=1e-4)
+
+
+def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images = few.test_images.clone()
+    images[7] = 255 - images[7]  # nothing like the others
+    strange = ImageData("strange", few.classes, few.train_images, few.train_labels, images, few.test_labels)
+    model, _, _ = train.train(strange, **QUICK | {"epochs": 15, "binarize": "dynamic"}, out_dir=tmp_path)
+    nll = evaluate.evaluate(model, images, nll_samples=20)["nll_per_image"]
+    assert max(nll) == nll[7]
+    drawn = []
+    monkeypatch.setattr(
+        evaluate, "draw_tiles", lambda images, rows, shape, title, *labels: drawn.append((images, labels))
+    )
+    evaluate.draw_least_likely(model, strange, make_test_set(strange, "dynamic"), nll, "")
+    tiles, (_, columns) = drawn[0]
+    assert torch.equal(tiles[0], make_test_set(strange, "dynamic").inputs[7])
+    assert columns == [f"{value:,.0f}" for value in sorted(nll, reverse=True)[:10]]
+
+
+def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypatch: pytest.MonkeyPatch):
+    for options in ({}, {"lr": 0.003}, {"lr": 0.003, "seed": 1}):
+        train.train("mnist-5k", **QUICK | options, out_dir=tmp_path)
+    runs, figures = sorted(tmp_path.iterdir()), []
+    save = evaluate.save_figure
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
+    call("--compare", *runs, "--out-dir", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "compared.png").stat().st_size > 10_000
+    (legend,) = figures[0].legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["lr 0.0015, seed 0", "lr 0.003, seed 0", "lr 0.003, seed 1"]
+    history = utils.read_checkpoint(runs[1])["history"]
+    assert figures[0].axes[0].lines[1].get_ydata().tolist() == [row["test_loss"] for row in history]
+    assert "no history" in fails(evaluate.main, "--compare", runs[0], Path(evaluate.__file__).parent / "weights/2d.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Odd ones
+
+
+def test_the_area_is_the_share_of_pairs():
+    usual, others = torch.randint(0, 20, (60,)).float(), torch.randint(5, 30, (50,)).float()
+    pairs = others[:, None] - usual
+    expected = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item()
+    assert outliers.area_under_roc(usual, others) == pytest.approx(expected)
+
+
+def test_what_nll_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    _, _, run = train.train("mnist-5k", **QUICK | {"epochs": 10}, out_dir=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["outliers.py", str(run), "--images=50", "--nll-samples=5"])
+    outliers.main()
+    rows = dict(line[2:-2].rsplit(" | ", 2)[::2] for line in capsys.readouterr().out.splitlines() if " | " in line)
+    assert float(rows["inverted"]) > 0.99
