@@ -6,7 +6,7 @@ import socket
 import sys
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from utils import UserError, one_line, rank_and_ranks
 
-DATASETS = ("auto", "mnist", "mnist-5k", "fashion-mnist", "kmnist", "emnist-digits")
+DATASETS = ("auto", "mnist", "mnist-5k", "fashion-mnist", "kmnist", "emnist-digits", "cifar10", "svhn")
 BINARIZE = ("dynamic", "threshold", "none")
 MNIST_5K = Path(__file__).parent / "assets" / "mnist-5k.npz"
 
@@ -92,18 +92,23 @@ class ImageData:
 
 
 def load_dataset(
-    name: str = "auto", data_dir: str | Path = "data", image_size: int | None = None, hold_out: int = 0
+    name: str = "auto",
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    hold_out: int = 0,
+    channels: int | None = None,
 ) -> ImageData:
     """Loads one of DATASETS, a folder of pictures or an .npz file.
 
     torchvision downloads into data_dir what is missing there. "auto" is mnist, or mnist-5k after a warning if mnist is
-    unavailable. Pictures from a folder become square, image_size wide (28 by default). With hold_out, the last
-    hold_out training images take the test set's place, and the test set is not read. Raises UserError for a damaged
-    file or an unknown name, DataUnavailable for a failed download.
+    unavailable. Pictures from a folder become square, image_size wide (28 by default). An .npz file has uint8 images
+    (N, H, W), and may have labels (N,). With hold_out, the last hold_out training images
+    take the test set's place, and the test set is not read. channels=1 turns colour into gray, channels=3 gray into
+    RGB. Raises UserError for a damaged file or an unknown name, DataUnavailable for a failed download.
     """
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
-    arguments = name, Path(data_dir), image_size or 28, hold_out
+    arguments = name, Path(data_dir), image_size or 28, hold_out, channels
     if rank_and_ranks()[1] == 1:
         return _load(*arguments)
     group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
@@ -115,10 +120,32 @@ def load_dataset(
     return dataset
 
 
-def _load(name: str, data_dir: Path, image_size: int, hold_out: int) -> ImageData:
+def _load(name: str, data_dir: Path, image_size: int, hold_out: int, channels: int | None) -> ImageData:
     """Does load_dataset's work in one process."""
-    if name not in DATASETS:
-        return _load_path(Path(name), image_size).hold_out(hold_out)
+    data = _load_named(name, data_dir, hold_out) if name in DATASETS else _load_path(Path(name), image_size)
+    images = {part: to_channels(getattr(data, part), channels) for part in ("train_images", "test_images")}
+    return replace(data, **images).hold_out(hold_out)
+
+
+def to_channels(images: Tensor, channels: int | None) -> Tensor:
+    """Converts (N, C, H, W) uint8 to gray (1 channel, ITU-R 601 luminance) or to RGB (3). None leaves it as it is."""
+    if channels == 1 and images.shape[1] == 3:
+        red, green, blue = images.int().unbind(1)
+        return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).to(torch.uint8)[:, None]  # as PIL rounds
+    return images if channels is None else images.expand(-1, channels, -1, -1).contiguous()
+
+
+def channels_first(images: Tensor) -> Tensor | None:
+    """(N, H, W), (N, H, W, C) or else (N, C, H, W), where C is 1 or 3 -> (N, C, H, W). None for other shapes."""
+    if images.dim() == 3:
+        return images[:, None]
+    if images.dim() == 4 and images.shape[3] in (1, 3):
+        return images.permute(0, 3, 1, 2).contiguous()
+    return images.contiguous() if images.dim() == 4 and images.shape[1] in (1, 3) else None
+
+
+def _load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
+    """Loads one of DATASETS. With hold_out, the training images may stand in the test set's place until held out."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is a file, not a folder")
     if name != "mnist-5k":
@@ -132,7 +159,7 @@ def _load(name: str, data_dir: Path, image_size: int, hold_out: int) -> ImageDat
     with np.load(MNIST_5K) as arrays:
         keys = ("train_images", "train_labels", "test_images", "test_labels")
         parts = [torch.from_numpy(arrays[key]) for key in keys]
-    return ImageData("mnist-5k", list("0123456789"), *parts).hold_out(hold_out)
+    return ImageData("mnist-5k", list("0123456789"), *parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,32 +167,33 @@ def _load(name: str, data_dir: Path, image_size: int, hold_out: int) -> ImageDat
 
 
 def _load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageData:
-    datasets, tensors = _import_torchvision_datasets(name), []
-    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
-    kind = kinds.get(name, functools.partial(datasets.EMNIST, split="digits"))
-    for train in (True, bool(hold_out)):  # with hold_out, the training images stand in the test set's place
-        try:
-            part = _read_or_download(functools.partial(kind, str(data_dir), train=train), name, data_dir)
-            images, labels = part.data, part.targets
-            if images.shape[1:] != (28, 28) or len(images) != len(labels) or not 0 <= labels.max() < len(part.classes):
-                raise ValueError
-        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            how = "delete them, and the next run downloads them again"
-            raise UserError(f"the files of {name} in {data_dir} are damaged: {how}") from error
-        if name == "emnist-digits":  # stored with rows and columns exchanged
-            images = images.transpose(1, 2)
-        tensors += [images.contiguous(), labels]
-    classes = [label.split(" - ")[0] for label in part.classes]  # torchvision's MNIST says "0 - zero"
-    return ImageData(name, classes, *tensors).hold_out(hold_out)
-
-
-def _import_torchvision_datasets(name: str) -> Any:
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another version of torch
         reason = f"{name} needs torchvision, which fails to import ({one_line(error)})"
         raise DataUnavailable(f"{reason}: pip install -r requirements.txt") from error
-    return datasets
+    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
+    kinds |= {"emnist-digits": functools.partial(datasets.EMNIST, split="digits"), "cifar10": datasets.CIFAR10}
+    kind, shape = kinds.get(name, datasets.SVHN), (3, 32, 32) if name in ("cifar10", "svhn") else (1, 28, 28)
+    tensors = []
+    for train in (True, bool(hold_out)):  # with hold_out, the training images stand in the test set's place
+        which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+        try:
+            part = _read_or_download(functools.partial(kind, str(data_dir), **which), name, data_dir)
+            images, classes = channels_first(torch.as_tensor(part.data)), getattr(part, "classes", list("0123456789"))
+            labels = torch.as_tensor(part.labels if name == "svhn" else part.targets)
+            if images is None or images.shape != (len(labels), *shape) or not 0 <= labels.max() < len(classes):
+                raise ValueError
+        except ImportError as error:
+            raise DataUnavailable(f"{name} needs scipy ({one_line(error)}): pip install scipy") from error
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            how = "delete them, and the next run downloads them again"
+            raise UserError(f"the files of {name} in {data_dir} are damaged: {how}") from error
+        if name == "emnist-digits":  # stored with rows and columns exchanged
+            images = images.transpose(2, 3)
+        tensors += [images.contiguous(), labels]
+    classes = [label.split(" - ")[0] for label in classes]  # torchvision's MNIST says "0 - zero"
+    return ImageData(name, classes, *tensors)
 
 
 def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -> Any:
@@ -181,7 +209,7 @@ def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) 
         return construct(download=True)
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of the last mirror
-        message = f"{name} is not in the folder {data_dir} and could not be downloaded ({reason})"
+        message = f"the folder {data_dir} has no intact copy of {name}, and the download failed ({reason})"
         raise DataUnavailable(message) from error
     finally:
         socket.setdefaulttimeout(default_timeout)
@@ -221,8 +249,9 @@ def _load_path(path: Path, image_size: int) -> ImageData:
 def _read_folder(folder: Path, name: str, size: int) -> tuple[list[str], list[str], Tensor, Tensor]:
     """Reads a folder's classes (its folders, or else `name`), file names, images (N, 1, size, size) and labels (N,)."""
     from PIL import Image
+    from torchvision import datasets
 
-    datasets, folder = _import_torchvision_datasets(str(folder)), folder.resolve()
+    folder = folder.resolve()
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     beside = [path for path in folder.iterdir() if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
     if classes and beside:
