@@ -1,10 +1,13 @@
 """Data sets as tensors of bytes, and their binarization."""
 
+import contextlib
 import functools
 import os
+import re
 import socket
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +26,9 @@ from utils import UserError, one_line, rank_and_ranks
 DATASETS = ("auto", "mnist", "mnist-5k", "fashion-mnist", "kmnist", "emnist-digits", "cifar10", "svhn")
 BINARIZE = ("dynamic", "threshold", "none")
 MNIST_5K = Path(__file__).parent / "assets" / "mnist-5k.npz"
+# Folders for training or testing, such as Training, val2017 or x-train, which are never classes; and hidden files
+SPLIT = re.compile(r"(?:.*[-_ ])?(train|test|val)(?:ing|id|idation)?[-_ ]?(?:set|data|images|\d*)", re.IGNORECASE)
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
 
 
 class DataUnavailable(UserError):
@@ -102,7 +109,7 @@ def load_dataset(
 
     torchvision downloads into data_dir what is missing there. "auto" is mnist, or mnist-5k after a warning if mnist is
     unavailable. Pictures from a folder become square, image_size wide (28 by default). An .npz file has uint8 images
-    (N, H, W), and may have labels (N,). With hold_out, the last hold_out training images
+    (N, H, W), (N, H, W, 3) or (N, 3, H, W), and may have labels (N,). With hold_out, the last hold_out training images
     take the test set's place, and the test set is not read. channels=1 turns colour into gray, channels=3 gray into
     RGB. Raises UserError for a damaged file or an unknown name, DataUnavailable for a failed download.
     """
@@ -122,7 +129,7 @@ def load_dataset(
 
 def _load(name: str, data_dir: Path, image_size: int, hold_out: int, channels: int | None) -> ImageData:
     """Does load_dataset's work in one process."""
-    data = _load_named(name, data_dir, hold_out) if name in DATASETS else _load_path(Path(name), image_size)
+    data = _load_named(name, data_dir, hold_out) if name in DATASETS else _load_path(Path(name), image_size, channels)
     images = {part: to_channels(getattr(data, part), channels) for part in ("train_images", "test_images")}
     return replace(data, **images).hold_out(hold_out)
 
@@ -219,81 +226,131 @@ def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) 
 # Your own images
 
 
-def _load_path(path: Path, image_size: int) -> ImageData:
-    """Uses a folder's train and test folders if it has both. Otherwise sets about a tenth of the images aside."""
-    name = path.resolve().name if path.is_dir() else path.stem
-    if (path / "train").is_dir() and (path / "test").is_dir():
-        classes, _, *train = _read_folder(path / "train", name, image_size)
-        test_classes, _, images, labels = _read_folder(path / "test", name, image_size)
-        if unknown := sorted(set(test_classes) - set(classes)):
-            raise UserError(f"{path / 'test'} has classes that {path / 'train'} lacks: {', '.join(unknown)}")
-        return ImageData(name, classes, *train, images, torch.tensor([classes.index(test_classes[i]) for i in labels]))
+def _load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
+    """Reads a folder or an .npz file. Sets about a tenth of the images aside for testing unless a folder is split."""
+    name = _printable(path.resolve().name if path.is_dir() else path.stem)
     if path.is_dir():
-        classes, keys, images, labels = _read_folder(path, name, image_size)
+        images, labels, is_test = _read_folder(path.resolve(), name, image_size, channels)
     elif path.suffix == ".npz" and path.is_file():
-        classes, keys, images, labels = _read_npz(path)
+        images, labels, is_test = _read_npz(path)
     else:
         what = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
         choices = f"{', '.join(DATASETS)}, a folder of images or an .npz file"
         raise UserError(f"--dataset {path} {what}: choose from {choices}")
-    if len(images) < 4:
-        raise UserError(f"{path} holds {len(images)} images: training and testing need at least two each")
-    # Split by a hash of the name (in an .npz file, of the index), so that no image changes sides when others are added
-    hashes = torch.tensor([zlib.crc32(key.encode()) for key in keys])
+    num_test = int(is_test.sum())
+    if not 2 <= num_test <= len(images) - 2:
+        found = f"{len(images)} images, {num_test} of them for testing"
+        raise UserError(f"{path} holds {found}: training and testing need at least two each")
+    classes, labels = np.unique(labels, return_inverse=True)
+    labels = torch.from_numpy(labels).long()
+    parts = images[~is_test], labels[~is_test], images[is_test], labels[is_test]
+    brightest = int(parts[0].max())
+    if brightest < 64 and rank_and_ranks()[0] == 0:
+        how = "multiply by 255" if brightest == 1 else "scale them so that white is 255, or 65,535 in 16-bit pictures"
+        what = f"the training images of {name} are almost black: their brightest value is {brightest} of 255"
+        print(f"warning: {what}; {how}", file=sys.stderr)
+    return ImageData(name, list(map(str, classes)), *parts)
+
+
+def _choose_test_images(names: Iterable[bytes]) -> Tensor:
+    """Whether each image is for testing (N,): about a tenth, by a hash, so none changes sides when others are added."""
+    hashes = torch.tensor([zlib.crc32(name) for name in names])
     is_test = hashes % 10 == 0
-    if is_test.sum() < 2:  # among very few images
-        is_test = hashes <= hashes.sort().values[1]
-    return ImageData(name, classes, images[~is_test], labels[~is_test], images[is_test], labels[is_test])
+    is_balanced = 2 <= is_test.sum() <= len(hashes) - 2  # perhaps not among very few images
+    return is_test if is_balanced else hashes <= hashes.sort().values[:2].max()
 
 
-def _read_folder(folder: Path, name: str, size: int) -> tuple[list[str], list[str], Tensor, Tensor]:
-    """Reads a folder's classes (its folders, or else `name`), file names, images (N, 1, size, size) and labels (N,)."""
-    from PIL import Image
-    from torchvision import datasets
+def _read_folder(folder: Path, name: str, size: int, channels: int | None) -> tuple[Tensor, list[str], Tensor]:
+    """Reads images (N, C, size, size), the class of each, and whether each is for testing (N,). Prints what it read."""
+    halves = _find_halves(folder)
+    found = [_find_pictures(half) for half in halves]
+    classes = found[0] | found[-1]
+    pictures = list(classes)
+    images = _read_pictures(pictures, size)
+    if rank_and_ranks()[0] == 0:
+        colour = "in gray" if images.shape[1] == 1 else "converted to gray" if channels == 1 else "in colour"
+        how = f"{colour}, cropped square at the centre and resized to {size} x {size}"
+        others = sorted({*_find_files(folder)} - {*pictures, *halves})
+        patterns = Counter(path.with_name(f"*{path.suffix}" if path.suffix else path.name) for path in others)
+        examples = ", ".join(_printable(pattern.relative_to(folder)) for pattern, _ in patterns.most_common(3))
+        but = f"; {len(others):,} left out, such as {examples}" if others else ""
+        print(f"{_printable(folder)}: {len(images):,} pictures {how}{but}")
+    if len(halves) == 2:
+        is_test = torch.arange(len(images)) >= len(found[0])
+    else:
+        is_test = _choose_test_images(os.fsencode(path.relative_to(folder).as_posix()) for path in pictures)
+    no_class = "unlabelled" if any(classes.values()) else name  # the one if only one half of a split has classes
+    return images, [_printable(label or no_class) for label in classes.values()], is_test
 
-    folder = folder.resolve()
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    beside = [path for path in folder.iterdir() if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
-    if classes and beside:
-        raise UserError(f"{folder} holds folders, which would be classes, and images beside them, such as {beside[0]}")
-    root, folders = (folder, classes) if classes else (folder.parent, [folder.name])
-    try:
-        indices = {name: i for i, name in enumerate(folders)}
-        files = datasets.ImageFolder.make_dataset(str(root), indices, datasets.folder.IMG_EXTENSIONS)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a folder of images: {one_line(error)}") from error
-    images = torch.empty(len(files), 1, size, size, dtype=torch.uint8)
-    is_first = rank_and_ranks()[0] == 0
-    bar = tqdm(files, desc="reading", unit=" images", leave=False, disable=None if is_first else True)
-    for image, (path, _) in zip(images, bar, strict=True):
+
+def _find_halves(folder: Path) -> list[Path]:
+    """A folder's training and test (or else validation) folders, or the folder itself if it lacks one of them."""
+    folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]
+    by_kind = {match[1].lower(): path for path in folders if (match := SPLIT.fullmatch(path.name))}
+    train, test = by_kind.get("train"), by_kind.get("test", by_kind.get("val"))
+    return [train, test] if train and test else [folder]
+
+
+def _find_pictures(folder: Path) -> dict[Path, str]:
+    """A folder's pictures, at any depth, and the class of each: one of the folders in it, or "" if it has none."""
+    kinds = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}
+    paths = [path for path in _find_files(folder) if path.suffix.lower() in suffixes]
+    if not paths:
+        raise UserError(f"{_printable(folder)} is not a folder of images: it holds none that PIL reads")
+    inside = [path.relative_to(folder).parts[:-1] for path in paths]  # the folders that each is in
+    for path, folders in zip(paths, inside, strict=True):
+        if any(map(SPLIT.fullmatch, folders)):
+            how = "--dataset must hold one folder for training and one for testing, or only classes"
+            raise UserError(f"{_printable(path.parent)} is named like part of a split, not like a class: {how}")
+        if not folders and any(inside):
+            what = f"folders, which would be classes, and images beside them, such as {_printable(path)}"
+            raise UserError(f"{_printable(folder)} holds {what}")
+    return {path: folders[0] if folders else "" for path, folders in zip(paths, inside, strict=True)}
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """All files in a folder that are not hidden, at any depth, and links to folders, which are not followed."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path for path in paths if not HIDDEN.search(path.relative_to(folder).as_posix()))
+
+
+def _printable(name: str | Path) -> str:
+    """A file's name, with escapes for what is not UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _read_pictures(paths: list[Path], size: int) -> Tensor:
+    """Reads images (N, 3, size, size), or (N, 1, size, size) if all are gray. Raises UserError for a damaged file."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    bar = tqdm(paths, "reading", unit=" images", leave=False, disable=True if rank_and_ranks()[0] else None)
+    for image, path in zip(images, bar, strict=True):
         try:
             with Image.open(path) as picture:
-                image.copy_(torch.from_numpy(_to_gray_square(picture, size)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is damaged or not an image ({one_line(error)}): fix or remove it") from error
-    if is_first:
-        how = f"converted to gray, cropped square at the centre and resized to {size} x {size}"
-        print(f"{folder}: {len(files):,} pictures, {how}")
-    keys = [Path(path).relative_to(folder).as_posix() for path, _ in files]
-    return classes or [name], keys, images, torch.tensor([label for _, label in files])
+                image.copy_(torch.from_numpy(_to_square(picture, size)).permute(2, 0, 1))
+        except Exception as error:  # PIL does not document what it raises
+            what = f"{_printable(path)} is damaged or not an image ({one_line(error)})"
+            raise UserError(f"{what}: fix or remove it") from error
+    is_gray = (images == images[:, :1]).all()
+    return images[:, :1].contiguous() if is_gray else images
 
 
-def _to_gray_square(picture: Any, size: int) -> np.ndarray:
-    """A PIL image -> (size, size) uint8, upright, on white where it is transparent."""
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.exif_transpose(picture)
+def _to_square(picture: Any, size: int) -> np.ndarray:
+    """A PIL image -> (size, size, 3) uint8, upright, on white where it is transparent."""
+    picture.load()
+    with contextlib.suppress(Exception):  # on invalid EXIF tags, PIL fails after it has turned the picture
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I;16"):  # PIL would clip at 255
         picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits, with no fixed value for white")
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    return np.array(ImageOps.fit(picture.convert("L"), (size, size)))
+    return np.array(ImageOps.fit(picture.convert("RGB"), (size, size)))
 
 
-def _read_npz(path: Path) -> tuple[list[str], Iterable[str], Tensor, Tensor]:
-    """Reads an .npz file's classes (without labels, its name), places, images (N, H, W) and labels (N,)."""
+def _read_npz(path: Path) -> tuple[Tensor, np.ndarray, Tensor]:
+    """Reads images (N, C, H, W), the class of each, and whether each is for testing (N,). Without labels, one class."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in ("images", "labels") if key in arrays}
@@ -301,15 +358,17 @@ def _read_npz(path: Path) -> tuple[list[str], Iterable[str], Tensor, Tensor]:
         raise UserError(f"{path} is damaged, or not an .npz file of plain arrays ({one_line(error)})") from error
     if "images" not in arrays:
         raise UserError(f"{path} has no array named images")
-    images = arrays["images"]
-    if images.dtype != np.uint8 or images.ndim != 3 or 0 in images.shape:
-        raise UserError(f"{path}: images must be (N, H, W) of type uint8, not {images.shape} of type {images.dtype}")
-    labels = arrays.get("labels", np.full(len(images), path.stem))
+    array = arrays["images"]
+    images = channels_first(torch.from_numpy(array)) if array.dtype == np.uint8 and array.size else None
+    if images is None:
+        shapes = "(N, H, W), (N, H, W, 3) or (N, 3, H, W)"
+        raise UserError(f"{path}: images must be {shapes} of type uint8, not {array.shape} of type {array.dtype}")
+    labels = arrays.get("labels", np.full(len(images), _printable(path.stem)))
     if labels.shape != images.shape[:1]:
         raise UserError(f"{path}: labels must be ({len(images)},), one per image, not {labels.shape}")
-    classes, labels = np.unique(labels, return_inverse=True)
-    places = map(str, range(len(images)))
-    return [str(label) for label in classes], places, torch.from_numpy(images), torch.from_numpy(labels).long()
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "backslashreplace")
+    return images, labels, _choose_test_images(str(i).encode() for i in range(len(images)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
