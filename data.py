@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ BINARIZED_DATASETS = ("mnist", "mnist-5k", "fashion-mnist", "kmnist", "emnist-di
 DATASETS = ("auto", *BINARIZED_DATASETS, "cifar10", "svhn")
 BINARIZE = ("dynamic", "threshold", "none")
 MNIST_5K = Path(__file__).parent / "assets" / "mnist-5k.npz"
-# The names of folders for training or testing, such as Training, val2017 or x-train, which are never taken as classes
+# Folders for training or testing, such as Training, val2017 or x-train, which are never classes; and hidden files
 SPLIT = re.compile(r"(?:.*[-_ ])?(train|test|val)(?:ing|id|idation)?[-_ ]?(?:set|data|images|\d*)", re.IGNORECASE)
-HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")  # a path with a name that starts so is not read
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
 
 
 class DataUnavailable(UserError):
@@ -109,10 +109,10 @@ def load_dataset(
     """Loads one of DATASETS, a folder of pictures or an .npz file.
 
     torchvision downloads into data_dir what is missing there. "auto" is mnist, or mnist-5k after a warning if mnist is
-    unavailable. Pictures from a folder become square, image_size wide (28 by default). With hold_out, the last
-    hold_out training images take the test set's place, and the test set is not read. channels=1 turns colour into gray,
-    channels=3 gray into RGB. Raises UserError for a damaged file or an unknown name, DataUnavailable for a failed
-    download.
+    unavailable. Pictures from a folder become square, image_size wide (28 by default). An .npz file has uint8 images
+    (N, H, W), (N, H, W, 3) or (N, 3, H, W), and may have labels (N,). With hold_out, the last hold_out training images
+    take the test set's place, and the test set is not read. channels=1 turns colour into gray, channels=3 gray into
+    RGB. Raises UserError for a damaged file or an unknown name, DataUnavailable for a failed download.
     """
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
@@ -136,7 +136,7 @@ def _load(name: str, data_dir: Path, image_size: int, hold_out: int, channels: i
 
 
 def to_channels(images: Tensor, channels: int | None) -> Tensor:
-    """Gray or RGB images (N, C, H, W) uint8 -> in gray (1: ITU-R 601 luminance), in RGB (3), or unchanged (None)."""
+    """Converts (N, C, H, W) uint8 to gray (1 channel, ITU-R 601 luminance) or to RGB (3). None leaves it as it is."""
     if channels == 1 and images.shape[1] == 3:
         red, green, blue = images.int().unbind(1)
         return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).to(torch.uint8)[:, None]  # as PIL rounds
@@ -144,7 +144,7 @@ def to_channels(images: Tensor, channels: int | None) -> Tensor:
 
 
 def channels_first(images: Tensor) -> Tensor | None:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W), C of 1 or 3, last if both fit -> (N, C, H, W). None for others."""
+    """(N, H, W), (N, H, W, C) or else (N, C, H, W), where C is 1 or 3 -> (N, C, H, W). None for other shapes."""
     if images.dim() == 3:
         return images[:, None]
     if images.dim() == 4 and images.shape[3] in (1, 3):
@@ -153,7 +153,7 @@ def channels_first(images: Tensor) -> Tensor | None:
 
 
 def _load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
-    """Loads one of DATASETS. If images will be held out, the training images may stand in the test set's place."""
+    """Loads one of DATASETS. With hold_out, the training images may stand in the test set's place until held out."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is a file, not a folder")
     if name != "mnist-5k":
@@ -227,65 +227,81 @@ def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) 
 # Your own images
 
 
-def _load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
-    """Reads a folder or an .npz file. Sets about a tenth of the images aside for testing unless a folder is split."""
-    name = _printable(path.resolve().name if path.is_dir() else path.stem)
+class Pictures(NamedTuple):
+    """All images of a folder or an .npz file, in order."""
+
+    images: Tensor  # (N, C, H, W) uint8
+    labels: list[Any]  # the class of each
+    names: list[str]  # paths in the folder, or places in the file
+    is_test: Tensor  # (N,): whether each is for testing
+
+
+def read_pictures(path: Path, image_size: int, channels: int | None = None) -> Pictures:
+    """Reads a folder or an .npz file. Arguments are load_dataset's. Raises UserError for other paths."""
     if path.is_dir():
-        images, labels, is_test = _read_folder(path.resolve(), name, image_size, channels)
+        pictures = _read_folder(path.resolve(), _printable(path.resolve().name), image_size, channels)
     elif path.suffix == ".npz" and path.is_file():
-        images, labels, is_test = _read_npz(path)
+        pictures = _read_npz(path)
     else:
         what = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
         choices = f"{', '.join(DATASETS)}, a folder of images or an .npz file"
         raise UserError(f"--dataset {path} {what}: choose from {choices}")
+    return pictures._replace(images=to_channels(pictures.images, channels))
+
+
+def _load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
+    """Reads a folder or an .npz file. Sets about a tenth of the images aside for testing unless a folder is split."""
+    images, labels, _, is_test = read_pictures(path, image_size, channels)
+    name = _printable(path.resolve().name if path.is_dir() else path.stem)
     num_test = int(is_test.sum())
     if not 2 <= num_test <= len(images) - 2:
         found = f"{len(images)} images, {num_test} of them for testing"
         raise UserError(f"{path} holds {found}: training and testing need at least two each")
-    brightest = int(images[~is_test].max())
+    classes, labels = np.unique(labels, return_inverse=True)
+    labels = torch.from_numpy(labels).long()
+    parts = images[~is_test], labels[~is_test], images[is_test], labels[is_test]
+    brightest = int(parts[0].max())
     if brightest < 64 and rank_and_ranks()[0] == 0:
         how = "multiply by 255" if brightest == 1 else "scale them so that white is 255, or 65,535 in 16-bit pictures"
         what = f"the training images of {name} are almost black: their brightest value is {brightest} of 255"
         print(f"warning: {what}; {how}", file=sys.stderr)
-    classes, labels = np.unique(labels, return_inverse=True)
-    labels = torch.from_numpy(labels).long()
-    parts = images[~is_test], labels[~is_test], images[is_test], labels[is_test]
     return ImageData(name, list(map(str, classes)), *parts)
 
 
 def _choose_test_images(names: Iterable[bytes]) -> Tensor:
-    """Chooses a tenth of the images for testing: (N,) bool. By a hash, so that none changes sides as others come."""
+    """Whether each image is for testing (N,): about a tenth, by a hash, so none changes sides when others are added."""
     hashes = torch.tensor([zlib.crc32(name) for name in names])
     is_test = hashes % 10 == 0
     is_balanced = 2 <= is_test.sum() <= len(hashes) - 2  # perhaps not among very few images
     return is_test if is_balanced else hashes <= hashes.sort().values[:2].max()
 
 
-def _read_folder(folder: Path, name: str, size: int, channels: int | None) -> tuple[Tensor, list[str], Tensor]:
-    """Reads images (N, C, size, size), the class of each, and whether each is for testing (N,). Prints what it read."""
+def _read_folder(folder: Path, name: str, size: int, channels: int | None) -> Pictures:
+    """Reads a folder's pictures, whose class is `name` if it has no folders, and prints what it read."""
     halves = _find_halves(folder)
     found = [_find_pictures(half) for half in halves]
     classes = found[0] | found[-1]
     pictures = list(classes)
     images = _read_pictures(pictures, size)
     if rank_and_ranks()[0] == 0:
-        kind = "in gray" if images.shape[1] == 1 else "converted to gray" if channels == 1 else "in colour"
-        how = f"{kind}, cropped square at the centre and resized to {size} x {size}"
+        colour = "in gray" if images.shape[1] == 1 else "converted to gray" if channels == 1 else "in colour"
+        how = f"{colour}, cropped square at the centre and resized to {size} x {size}"
         others = sorted({*_find_files(folder)} - {*pictures, *halves})
-        kinds = Counter(path.with_name(f"*{path.suffix}" if path.suffix else path.name) for path in others)
-        examples = ", ".join(_printable(kind.relative_to(folder)) for kind, _ in kinds.most_common(3))
+        patterns = Counter(path.with_name(f"*{path.suffix}" if path.suffix else path.name) for path in others)
+        examples = ", ".join(_printable(pattern.relative_to(folder)) for pattern, _ in patterns.most_common(3))
         but = f"; {len(others):,} left out, such as {examples}" if others else ""
         print(f"{_printable(folder)}: {len(images):,} pictures {how}{but}")
     if len(halves) == 2:
         is_test = torch.arange(len(images)) >= len(found[0])
     else:
         is_test = _choose_test_images(os.fsencode(path.relative_to(folder).as_posix()) for path in pictures)
-    no_class = "unlabelled" if any(classes.values()) else name  # if one half of a split has classes and the other none
-    return images, [_printable(label or no_class) for label in classes.values()], is_test
+    names = [_printable(path.relative_to(folder).as_posix()) for path in pictures]
+    no_class = "unlabelled" if any(classes.values()) else name  # the one if only one half of a split has classes
+    return Pictures(images, [_printable(label or no_class) for label in classes.values()], names, is_test)
 
 
 def _find_halves(folder: Path) -> list[Path]:
-    """A folder's training folder and its test (or else validation) folder, or the folder itself without such a pair."""
+    """A folder's training and test (or else validation) folders, or the folder itself if it lacks one of them."""
     folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]
     by_kind = {match[1].lower(): path for path in folders if (match := SPLIT.fullmatch(path.name))}
     train, test = by_kind.get("train"), by_kind.get("test", by_kind.get("val"))
@@ -293,7 +309,7 @@ def _find_halves(folder: Path) -> list[Path]:
 
 
 def _find_pictures(folder: Path) -> dict[Path, str]:
-    """A folder's pictures, at any depth, with their classes: the folders in it, or "" if there are none."""
+    """A folder's pictures, at any depth, and the class of each: one of the folders in it, or "" if it has none."""
     kinds = Image.registered_extensions().items()
     suffixes = {suffix for suffix, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}
     paths = [path for path in _find_files(folder) if path.suffix.lower() in suffixes]
@@ -311,7 +327,7 @@ def _find_pictures(folder: Path) -> dict[Path, str]:
 
 
 def _find_files(folder: Path) -> list[Path]:
-    """The files in a folder that are not hidden, at any depth, and links to folders, which are not followed."""
+    """All files in a folder that are not hidden, at any depth, and links to folders, which are not followed."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path for path in paths if not HIDDEN.search(path.relative_to(folder).as_posix()))
 
@@ -339,7 +355,7 @@ def _read_pictures(paths: list[Path], size: int) -> Tensor:
 def _to_square(picture: Any, size: int) -> np.ndarray:
     """A PIL image -> (size, size, 3) uint8, upright, on white where it is transparent."""
     picture.load()
-    with contextlib.suppress(Exception):  # for invalid EXIF, on which PIL fails after it has turned the picture
+    with contextlib.suppress(Exception):  # on invalid EXIF tags, PIL fails after it has turned the picture
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I;16"):  # PIL would clip at 255
         picture = Image.fromarray((np.array(picture) // 256).astype(np.uint8))
@@ -350,8 +366,8 @@ def _to_square(picture: Any, size: int) -> np.ndarray:
     return np.array(ImageOps.fit(picture.convert("RGB"), (size, size)))
 
 
-def _read_npz(path: Path) -> tuple[Tensor, np.ndarray, Tensor]:
-    """Reads images (N, C, H, W), the class of each, and whether each is for testing (N,). Without labels, one class."""
+def _read_npz(path: Path) -> Pictures:
+    """Reads an .npz file's images. Without labels, their class is the file's name."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in ("images", "labels") if key in arrays}
@@ -369,7 +385,8 @@ def _read_npz(path: Path) -> tuple[Tensor, np.ndarray, Tensor]:
         raise UserError(f"{path}: labels must be ({len(images)},), one per image, not {labels.shape}")
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "backslashreplace")
-    return images, labels, _choose_test_images(str(i).encode() for i in range(len(images)))
+    names = list(map(str, range(len(images))))
+    return Pictures(images, labels.tolist(), names, _choose_test_images(map(str.encode, names)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

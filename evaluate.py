@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
 
 import utils
-from data import BINARIZE, DATASETS, ImageData, binarize_test_set, check_bytes, load_dataset
+from data import BINARIZE, DATASETS, ImageData, binarize, binarize_test_set, check_bytes, load_dataset, read_pictures
 from model import VAE, DiagonalNormal, kl_by_latent
 from step import choose_precision, matmul_precision
 from utils import UserError
@@ -501,43 +502,41 @@ def evaluate_run(
     set) default to the run's, whose images must not have changed; hold_out to 0 if a data set is named. out_dir is the
     run folder, or a folder FILE for FILE.pt. Raises UserError for a bad value or file, and OSError.
     """
-    opened = open_run(run, model, dataset, data_dir, binarize, device, out_dir, hold_out)
-    model, dataset, binarize = opened.model, opened.dataset, opened.binarize
+    opened = open_run(run, model, binarize, device, out_dir)
+    model, binarize = opened.model, opened.binarize
+    dataset = open_test_data(model, opened.checkpoint, opened.path, data_dir, dataset, hold_out)
+    caption = describe(dataset, binarize, model, opened.checkpoint.get("epoch"))
     opened.out_dir.mkdir(parents=True, exist_ok=True)
     test_set = make_test_set(dataset, binarize, utils.choose_device(device))
     metrics = _measure(model, test_set, binarize, nll_samples, seed)
     metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
-    print_metrics(metrics, f"{opened.path}: {opened.caption}")
+    print_metrics(metrics, f"{opened.path}: {caption}")
     written = {name: value for name, value in metrics.items() if name != "nll_per_image"}
     utils.write_atomically(opened.out_dir / "metrics.json", (json.dumps(written, indent=2) + "\n").encode())
-    for name, figure in draw_all(model, dataset, test_set, opened.caption, metrics["nll_per_image"]):
+    for name, figure in draw_all(model, dataset, test_set, caption, metrics["nll_per_image"]):
         save_figure(figure, opened.out_dir / name)
         print(f"wrote {opened.out_dir / name}")
     return metrics
 
 
 class OpenedRun(NamedTuple):
-    """A run or a checkpoint file, with what it is evaluated on."""
+    """A run or a checkpoint file."""
 
     path: Path
+    checkpoint: dict[str, Any]
     model: VAE
-    dataset: ImageData
     binarize: str
-    caption: str
     out_dir: Path
 
 
 def open_run(
     run: str | Path,
     model: VAE | None = None,
-    dataset: str | ImageData | None = None,
-    data_dir: str | Path = "data",
     binarize: str | None = None,
     device: str = "auto",
     out_dir: str | Path | None = None,
-    hold_out: int | None = None,
 ) -> OpenedRun:
-    """Loads what evaluate_run's arguments name. Raises UserError."""
+    """Loads a run or a checkpoint file. Arguments and errors are evaluate_run's."""
     device, path = utils.choose_device(device), utils.checkpoint_path(run)
     model, checkpoint = utils.load_checkpoint(path, model)
     model = model.to(device)
@@ -545,11 +544,9 @@ def open_run(
     binarize = binarize or options.get("binarize") or usual_binarization(model)
     if binarize not in BINARIZE:
         raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
-    dataset = open_test_data(model, checkpoint, path, data_dir, dataset, hold_out)
     # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
     out_dir = Path(out_dir or (path.parent if path.name == "checkpoint.pt" else path.with_suffix("")))
-    caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
-    return OpenedRun(path, model, dataset, binarize, caption, out_dir)
+    return OpenedRun(path, checkpoint, model, binarize, out_dir)
 
 
 def open_test_data(
@@ -572,9 +569,8 @@ def open_test_data(
         dataset = dataset.hold_out(hold_out or dataset.num_held_out)
     else:
         name = str(dataset or options.get("dataset", "auto"))
-        is_folder, channels = name not in DATASETS and Path(name).is_dir(), model.config["channels"]
-        image_size = math.isqrt(model.config["input_size"] // channels) if is_folder else None
-        dataset = load_dataset(name, data_dir, image_size, hold_out, channels)
+        image_size = image_size_of(model) if name not in DATASETS and Path(name).is_dir() else None
+        dataset = load_dataset(name, data_dir, image_size, hold_out, model.config["channels"])
     check_images(model, dataset)
     if is_the_runs:
         check_same_images(checkpoint, dataset, path)
@@ -585,6 +581,11 @@ def check_kind(dataset: Any) -> None:
     """Raises UserError unless a data set is given by name, by path or as ImageData."""
     if not isinstance(dataset, str | Path | ImageData):
         raise UserError(f"dataset must be a name, a path or ImageData, not {type(dataset).__name__}")
+
+
+def image_size_of(model: VAE) -> int:
+    """The width and height of a model's images, if they are square."""
+    return math.isqrt(model.config["input_size"] // model.config["channels"])
 
 
 def check_images(model: VAE, dataset: ImageData) -> None:
@@ -622,6 +623,62 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
 
 
 @in_eval_mode
+def encode_images(
+    model: VAE, images: Tensor, labels: Tensor, mode: str, nll_samples: int, seed: int = 0, batch_size: int = 1000
+) -> dict[str, Tensor]:
+    """mu and logvar (N, latent_size), and neg_elbo and nll (N,) in nats, of uint8 images (N, ...) binarized by mode.
+
+    Leaves out logvar where the posterior has none, and nll where targets are outside the likelihood's support. Takes
+    memory for the floats of one batch. Reseeds PyTorch.
+    """
+    device, generator, parts = next(model.parameters()).device, torch.Generator().manual_seed(0), []
+    for i, (batch, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
+        inputs, targets = binarize(batch.cpu(), mode, generator)
+        examples = Examples(inputs.to(device), targets.to(device), y.to(device))
+        nll = estimate_nll(model, examples, nll_samples, seed + i) if is_likelihood(model, examples) else None
+        q, (reconstruction, kl) = model.posterior(examples.inputs, examples.labels), elbo_terms(model, examples)
+        part = {"mu": q.mean, "logvar": getattr(q, "logvar", None), "neg_elbo": reconstruction + kl, "nll": nll}
+        parts.append({name: value.cpu() for name, value in part.items() if value is not None})
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
+def save_encoded(
+    path: Path,
+    opened: OpenedRun,
+    dataset: str | None = None,
+    data_dir: str = "data",
+    hold_out: int | None = None,
+    nll_samples: int = NLL_SAMPLES,
+    seed: int = 0,
+) -> int:
+    """Writes an .npz file of encode_images of the test images, or of all images at a path -> their number.
+
+    The file also has the label of each image, and the names of images from a path. Raises UserError if it exists, or
+    for bad images, and OSError.
+    """
+    if path.exists() or path.suffix != ".npz":
+        raise UserError(f"--save {path} {'exists' if path.exists() else 'must end in .npz'}: name another file")
+    model, arrays = opened.model, {}
+    if dataset is None or dataset in DATASETS:
+        data = open_test_data(model, opened.checkpoint, opened.path, data_dir, dataset, hold_out)
+        images, y, classes = data.test_images, data.test_labels, data.classes
+    else:
+        pictures = read_pictures(Path(dataset), image_size_of(model), model.config["channels"])
+        classes, y = np.unique(pictures.labels, return_inverse=True)
+        images, y, arrays["name"] = pictures.images, torch.from_numpy(y).long(), np.array(pictures.names)
+        if images[0].numel() != model.config["input_size"]:
+            raise UserError(f"the model is for images of {model.config['input_size']} values, not {images[0].numel()}")
+    arrays["label"] = np.array([str(classes[i]) for i in y.tolist()])
+    encoded = encode_images(model, images, y, opened.binarize, nll_samples, seed)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, **{name: values.float().numpy() for name, values in encoded.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    utils.write_atomically(path, buffer.getbuffer())
+    return len(images)
+
+
+@in_eval_mode
 def sample_images(model: VAE, y: Tensor, temperature: float = 1.0, draw_pixels: bool = False, seed: int = 0) -> Tensor:
     """One image for each label y (n,), of a draw of the prior: the pixels' means, or drawn pixels, (n, D) in [0, 1].
 
@@ -638,7 +695,7 @@ def sample_images(model: VAE, y: Tensor, temperature: float = 1.0, draw_pixels: 
     return likelihood.sample() if draw_pixels else likelihood.mean
 
 
-def write_samples(opened: OpenedRun, n: int, label: str | None = None, **how: Any) -> Path:
+def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | None = None, **how: Any) -> Path:
     """Writes n images from the prior, 00000.png and so on, into a new folder `samples`. `how` is sample_images'.
 
     They are of one class, by its name, or of all in turn. Raises UserError for an unknown label or an existing folder,
@@ -646,7 +703,7 @@ def write_samples(opened: OpenedRun, n: int, label: str | None = None, **how: An
     """
     from PIL import Image
 
-    classes = opened.dataset.classes
+    classes = dataset.classes
     if label is not None and label not in classes:
         raise UserError(f"--label must be one of {', '.join(classes)}, not {label}")
     folder = opened.out_dir / "samples"
@@ -654,7 +711,7 @@ def write_samples(opened: OpenedRun, n: int, label: str | None = None, **how: An
         raise UserError(f"{folder} exists: delete it, or name another --out-dir")
     y = torch.arange(n) % len(classes) if label is None else torch.full((n,), classes.index(label))
     images = sample_images(opened.model, y.to(next(opened.model.parameters()).device), **how)
-    pixels = (255 * images.float().cpu()).round().byte().view(n, *opened.dataset.shape).permute(0, 2, 3, 1)
+    pixels = (255 * images.float().cpu()).round().byte().view(n, *dataset.shape).permute(0, 2, 3, 1)
     folder.mkdir(parents=True)
     for i, image in enumerate(pixels.numpy()):
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:05d}.png")
@@ -704,24 +761,36 @@ def main() -> None:
     parser.add_argument("--out-dir", help="where to write (default: the run folder, or FILE/ for FILE.pt)")
     parser.add_argument("--seed", type=utils.number(int, 0, 2**40), default=0, help="of the draws of z")
     add = parser.add_argument_group("instead of metrics and pictures").add_argument
-    add("--compare", nargs="+", metavar="RUN", help="draw these runs' test losses into one picture, compared.png")
+    add(
+        "--save",
+        metavar="FILE.npz",
+        type=Path,
+        help="write mu, logvar, label, neg_elbo and nll of each test image; of all images, if --dataset is a path",
+    )
     add("--samples", type=utils.count, help="write as many images from the prior into a folder called samples")
     add("--label", help="of the samples, for a conditional model (default: all in turn)")
     add("--temperature", type=utils.number(float, 1e-3, 1e3), help="scale of the prior's deviation, for the samples")
     add("--draw-pixels", action="store_true", help="draw the samples' pixels too, instead of showing their means")
-    args = vars(parser.parse_args())
-    others, n = args.pop("compare"), args.pop("samples")
-    how = {name: args.pop(name) for name in ("label", "temperature", "draw_pixels")}
-    if n is None and any(how.values()):
+    add("--compare", nargs="+", metavar="RUN", help="draw these runs' test losses into one picture, compared.png")
+    args = parser.parse_args()
+    how = {name: value for name in ("label", "temperature", "draw_pixels") if (value := getattr(args, name))}
+    if how and not args.samples:
         parser.error("--label, --temperature and --draw-pixels are for --samples")
-    if others:
-        print(f"wrote {compare_runs(others, args['out_dir'] or '.')}")
-    elif n:
-        seed, _ = args.pop("seed"), args.pop("nll_samples")
-        how = {name: value for name, value in how.items() if value is not None}
-        print(f"wrote {write_samples(open_run(**args), n, seed=seed, **how)}")
+    if args.compare:
+        print(f"wrote {compare_runs(args.compare, args.out_dir or '.')}")
+    elif args.save or args.samples:
+        opened = open_run(args.run, None, args.binarize, args.device, args.out_dir)
+        if args.save:
+            images = args.dataset, args.data_dir, args.hold_out
+            number = save_encoded(args.save, opened, *images, args.nll_samples, args.seed)
+            print(f"wrote {args.save}: {number:,} images")
+        if args.samples:
+            images = args.data_dir, args.dataset, args.hold_out
+            dataset = open_test_data(opened.model, opened.checkpoint, opened.path, *images)
+            print(f"wrote {write_samples(opened, dataset, args.samples, seed=args.seed, **how)}")
     else:
-        evaluate_run(**args)
+        where = {"device": args.device, "out_dir": args.out_dir, "seed": args.seed, "hold_out": args.hold_out}
+        evaluate_run(args.run, None, args.dataset, args.data_dir, args.binarize, args.nll_samples, **where)
 
 
 if __name__ == "__main__":

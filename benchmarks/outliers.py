@@ -45,9 +45,9 @@ def main() -> None:
     evaluate.add_nll_samples(parser)
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets are read and downloaded")
     args = parser.parse_args()
-    opened = evaluate.open_run(args.run, data_dir=args.data_dir)
-    images = opened.dataset.test_images[: args.images]
-    labels = opened.dataset.test_labels[: args.images]
+    opened = evaluate.open_run(args.run)
+    dataset = evaluate.open_test_data(opened.model, opened.checkpoint, opened.path, args.data_dir)
+    images, labels = dataset.test_images[: args.images], dataset.test_labels[: args.images]
     if images.shape[2] != images.shape[3]:
         raise utils.UserError("the images must be square, so that they can be turned")
 
@@ -58,7 +58,7 @@ def main() -> None:
         return torch.tensor(metrics["nll_per_image"])
 
     usual = nll_of(images)
-    print(f"{opened.path}: {opened.caption}; {len(images):,} test images, nll {usual.mean():.2f}")
+    print(f"{opened.path}: {len(images):,} test images, nll {usual.mean():.2f}")
     print("| the same images | nll | area under the ROC curve |\n| --- | --- | --- |")
     for name, change in CHANGES.items():
         others = nll_of(change(images))

@@ -1,13 +1,17 @@
 """Data sets and binarization."""
 
 import os
+import pickle
 import socket
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
 from data import DataUnavailable, ImageData, binarize, binarize_test_set, load_dataset
 from utils import UserError
@@ -68,6 +72,71 @@ def test_torchvision_sets(name: str, tmp_path: Path, no_network: None):
     assert (data.name, len(data.classes)) == (name, 10)
 
 
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture
+def write_in_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., np.ndarray]:
+    """Writes random images in the file format of cifar10 or svhn -> the arrays (N, 3, 32, 32) of the part written."""
+
+    def write(name: str, part: str) -> np.ndarray:
+        images = np.random.default_rng(len(part)).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+        labels = np.arange(20) % 10
+        if name == "svhn":
+            labels[labels == 0] = 10  # as its files have it
+            arrays = {"X": images.transpose(2, 3, 1, 0), "y": labels[:, None]}
+            pytest.importorskip("scipy.io").savemat(tmp_path / f"{part}_32x32.mat", arrays)
+            return images
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir(exist_ok=True)
+        files = {f"{part}_batch": {"data": images.reshape(20, 3072), "labels": labels.tolist()}}
+        for file, content in (files | {"batches.meta": {"label_names": CIFAR10_CLASSES}}).items():
+            (folder / file).write_bytes(pickle.dumps(content))
+        return images
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.train_list", [["train_batch", None]])  # with any checksum
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.test_list", [["test_batch", None]])
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.meta", CIFAR10.meta | {"md5": None})
+    files = {part: [None, f"{part}_32x32.mat", None] for part in ("train", "test")}
+    monkeypatch.setattr("torchvision.datasets.SVHN.split_list", files)
+    return write
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", CIFAR10_CLASSES), ("svhn", list("0123456789"))])
+def test_sets_in_colour(name: str, classes: list[str], write_in_colour: Callable, tmp_path: Path, no_network: None):
+    train, test = write_in_colour(name, "train"), write_in_colour(name, "test")
+    data = load_dataset(name, tmp_path)
+    assert (data.name, data.classes, data.shape) == (name, classes, (3, 32, 32))
+    assert np.array_equal(data.train_images, train)
+    assert np.array_equal(data.test_images, test)
+    assert data.train_labels.tolist() == data.test_labels.tolist() == [i % 10 for i in range(20)]
+    gray = load_dataset(name, tmp_path, channels=1)
+    assert gray.shape == (1, 32, 32)
+    red, green, blue = train.astype(float).transpose(1, 0, 2, 3)
+    assert abs(gray.train_images[:, 0].numpy() - (0.299 * red + 0.587 * green + 0.114 * blue)).max() < 0.51
+    for file in tmp_path.rglob("test*"):
+        file.write_bytes(b"not to be read")
+    held = load_dataset(name, tmp_path, hold_out=4)
+    assert np.array_equal(held.test_images, train[-4:])
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn"])
+def test_sets_in_colour_that_are_missing_or_damaged(name: str, tmp_path: Path, no_network: None):
+    for _ in range(2):
+        with pytest.raises(DataUnavailable, match=f"no intact copy of {name}.*network is unreachable"):
+            load_dataset(name, tmp_path)
+        (tmp_path / "train_32x32.mat").write_bytes(b"damaged")
+        (tmp_path / "cifar-10-batches-py").mkdir(exist_ok=True)
+        (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"damaged")
+
+
+def test_svhn_without_scipy(write_in_colour: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_in_colour("svhn", "train")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match="pip install scipy"):
+        load_dataset("svhn", tmp_path)
+
+
 def test_auto_takes_mnist_where_it_is(tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture):
     lay_out(tmp_path, "mnist")
     assert load_dataset("auto", tmp_path).name == "mnist"
@@ -102,7 +171,7 @@ def test_a_download_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.M
 
 def test_unknown_set():
     with pytest.raises(UserError, match="choose from"):
-        load_dataset("cifar10")
+        load_dataset("imagenet")
 
 
 @pytest.mark.parametrize("name", ["auto", "mnist"])

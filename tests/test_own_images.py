@@ -1,15 +1,19 @@
 """Images of one's own: from a folder or an .npz file to pictures, and what is refused."""
 
 import json
+import os
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
+from PIL.PngImagePlugin import PngImageFile
 
 import evaluate
 import train
@@ -45,6 +49,12 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def save_picture(path: Path, shade: int = 200, format: str | None = None) -> None:
+    """Saves a picture of one gray value, in a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (30, 30), shade).save(path, format)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, main: Callable, *args: str | Path) -> None:
     monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
     main()
@@ -66,7 +76,7 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     broken.unlink()
     run(monkeypatch, train.main, *args)
     printed = capsys.readouterr().out
-    assert "200 pictures, converted to gray, cropped square at the centre and resized to 16 x 16" in printed
+    assert "200 pictures in gray, cropped square at the centre and resized to 16 x 16" in printed
     (made,) = out_dir.iterdir()
     assert made.name == "001-my shapes-z2"
     model, checkpoint = utils.load_checkpoint(made)
@@ -141,6 +151,14 @@ def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "NaN" not in text
 
 
+def test_few_pictures_whose_names_would_all_be_for_testing(tmp_path: Path):
+    names = [f"{i}.png" for i in range(100) if zlib.crc32(f"{i}.png".encode()) % 10 == 0]
+    for name in names[:5]:
+        save_picture(tmp_path / name)
+    dataset = load_dataset(str(tmp_path))
+    assert (len(dataset.train_images), len(dataset.test_images)) == (3, 2)
+
+
 def test_names_with_signs_of_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = tmp_path / "a$b"
     for i in range(60):
@@ -152,7 +170,7 @@ def test_names_with_signs_of_formulas(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(pictures(tmp_path / "runs" / "001-a$b-z3")) == 6
 
 
-def test_pictures_are_gray_square_and_upright(tmp_path: Path):
+def test_pictures_are_square_and_upright_in_their_colours(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = tmp_path / "mine" / "train"
     folder.mkdir(parents=True)
     red = Image.new("RGB", (60, 20))
@@ -167,29 +185,270 @@ def test_pictures_are_gray_square_and_upright(tmp_path: Path):
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(folder / "d.png")
     shutil.copytree(folder, tmp_path / "mine" / "test")
     dataset = load_dataset(str(tmp_path / "mine"), image_size=8)
+    assert "8 pictures in colour, cropped square at the centre and resized to 8 x 8\n" in capsys.readouterr().out
     assert dataset.classes == ["mine"]
-    first, second, third, fourth = dataset.train_images.squeeze(1)
-    assert (first[:, 2:-2] == 76).all()  # ITU-R 601: 0.299 red
-    assert (first > 60).all()
-    assert (second[:, 5:] > 200).all()
-    assert (second[:, :3] < 50).all()
+    assert dataset.shape == (3, 8, 8)
+    first, second, third, fourth = dataset.train_images
+    assert (first[0, :, 2:-2] == 255).all()
+    assert (first[0] > 200).all()
+    assert (first[1:] == 0).all()
+    assert (second[:, :, 5:] > 200).all()
+    assert (second[:, :, :3] < 50).all()
     assert (third == 40_000 // 256).all()
     assert (fourth == 255).all()
+    gray = load_dataset(str(tmp_path / "mine"), image_size=8, channels=1).train_images[0]
+    assert "8 pictures converted to gray" in capsys.readouterr().out
+    assert (gray[0, :, 2:-2] == 76).all()  # ITU-R 601: 0.299 red
     Image.fromarray(np.full((20, 20), 200, dtype=np.int32)).save(folder / "e.tif")
     with pytest.raises(UserError, match=r"e\.tif.*32 bits"):
         load_dataset(str(tmp_path / "mine"))
 
 
-def test_train_and_test_folders(folder: Path, tmp_path: Path):
-    parts = tmp_path / "parts"
-    shutil.copytree(folder, parts / "train")
-    shutil.copytree(folder / "cross", parts / "test" / "cross")
-    dataset = load_dataset(str(parts))
-    assert (len(dataset.train_images), len(dataset.test_images)) == (200, 67)
-    assert dataset.test_labels.unique().tolist() == [1]
-    (parts / "test" / "cross").rename(parts / "test" / "star")
-    with pytest.raises(UserError, match=r"test.*star"):
-        load_dataset(str(parts))
+def test_one_picture_in_colour_makes_all_of_them_rgb(tmp_path: Path):
+    for i in range(4):
+        save_picture(tmp_path / "gray" / "train" / f"{i}.png", shade=50 * i)
+        save_picture(tmp_path / "gray" / "test" / f"{i}.jpg")
+    assert load_dataset(str(tmp_path / "gray")).shape == (1, 28, 28)
+    colour = load_dataset(str(tmp_path / "gray"), channels=3).train_images
+    assert colour.shape == (4, 3, 28, 28)
+    assert colour[:, :, 14, 14].tolist() == [[50 * i] * 3 for i in range(4)]
+    Image.new("RGB", (30, 30), (9, 9, 10)).save(tmp_path / "gray" / "test" / "4.png")
+    assert load_dataset(str(tmp_path / "gray")).shape == (3, 28, 28)
+
+
+def test_gray_is_the_luminance_of_pil(tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 40, 50, 3), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images)
+    in_colour, gray = (load_dataset(str(tmp_path / "mine.npz"), channels=channels) for channels in (3, 1))
+    assert (in_colour.shape, gray.shape) == ((3, 40, 50), (1, 40, 50))
+    for rgb, luminance in zip(in_colour.train_images, gray.train_images, strict=True):
+        assert np.array_equal(Image.fromarray(rgb.permute(1, 2, 0).numpy()).convert("L"), luminance[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders as they are found
+
+
+@pytest.mark.parametrize(
+    ("train_name", "test_name"),
+    [
+        ("train", "test"),
+        ("training", "testing"),
+        ("Train", "VAL"),
+        ("TRAINING", "Validation"),
+        ("train", "valid"),
+        ("seg_train", "seg_test"),
+        ("train2017", "val2017"),
+        ("Training Set", "test-images"),
+    ],
+)
+def test_folders_of_a_split(train_name: str, test_name: str, tmp_path: Path):
+    for i in range(4):
+        save_picture(tmp_path / "mine" / train_name / "cat" / f"{i}.png", shade=100)
+        save_picture(tmp_path / "mine" / test_name / "dog" / f"{i}.png", shade=200)
+    dataset = load_dataset(str(tmp_path / "mine"))
+    assert dataset.classes == ["cat", "dog"]
+    assert (dataset.train_images[:, 0, 14, 14] == 100).all()
+    assert (dataset.test_images[:, 0, 14, 14] == 200).all()
+    assert (len(dataset.train_images), len(dataset.test_images)) == (4, 4)
+    assert (dataset.train_labels.unique().tolist(), dataset.test_labels.unique().tolist()) == ([0], [1])
+
+
+def test_the_validation_set_is_left_out_if_there_is_a_test_set(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name, shade in (("train", 100), ("val", 150), ("test", 200), ("extra", 250)):
+        for i in range(4):
+            save_picture(tmp_path / name / f"{i}.png", shade=shade)
+    dataset = load_dataset(str(tmp_path))
+    assert (dataset.train_images[:, 0, 14, 14] == 100).all()
+    assert (dataset.test_images[:, 0, 14, 14] == 200).all()
+    assert "8 left out, such as extra/*.png, val/*.png\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["train"], "train"),
+        (["Training", "cat", "dog"], "Training"),
+        (["test", "val", "cat"], "test"),
+        (["cat/train", "cat/test", "dog/train", "dog/test"], "cat/test"),
+        (["mine/train/cat", "mine/test/cat"], "mine/test"),
+        (["train/train", "test/test"], "train/train"),
+    ],
+)
+def test_half_a_split_is_not_a_class(names: list[str], says: str, tmp_path: Path, fails: Callable):
+    for name in names:
+        for i in range(9):
+            save_picture(tmp_path / "data" / name / f"{i}.png")
+    message = fails(train.main, "--dataset", tmp_path / "data", "--out-dir", tmp_path / "runs")
+    assert f"{tmp_path / 'data' / says}" in message
+    assert "one folder for training and one for testing" in message
+
+
+def test_classes_whose_names_only_look_like_a_split(tmp_path: Path):
+    names = ["contest", "interval", "latest", "train_station", "training_shoe", "valley"]
+    for name in names:
+        for i in range(3):
+            save_picture(tmp_path / name / f"{i}.png")
+    assert load_dataset(str(tmp_path)).classes == names
+
+
+@pytest.mark.parametrize(
+    ("train_class", "test_class", "classes"),
+    [("cat/", "", ["cat", "unlabelled"]), ("", "cat/", ["cat", "unlabelled"]), ("", "", ["mine"])],
+)
+def test_labels_are_not_needed(train_class: str, test_class: str, classes: list, tmp_path: Path, monkeypatch):
+    for i in range(4):
+        save_picture(tmp_path / "mine" / "train" / train_class / f"{i}.png")
+        save_picture(tmp_path / "mine" / "test" / test_class / f"{i}.png")
+    dataset = load_dataset(str(tmp_path / "mine"))
+    assert dataset.classes == classes
+    for labels, name in ((dataset.train_labels, train_class), (dataset.test_labels, test_class)):
+        assert [classes[label] for label in labels] == [name.rstrip("/") or classes[-1]] * 4
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    root = tmp_path / os.fsdecode(b"mus\xe9e")
+    for i in range(30):
+        save_picture(root / os.fsdecode(b"\xe9t\xe9") / os.fsdecode(b"%d\xff.png" % i), shade=100 + i)
+    (root / os.fsdecode(b"notes\xff.doc")).touch()
+    arguments = ["--dataset", root, "--image-size=8", *SMALL, "--latent-size=3", "--out-dir", tmp_path / "runs"]
+    run(monkeypatch, train.main, *arguments)
+    printed = capsys.readouterr().out
+    assert "30 pictures in gray" in printed
+    assert r"1 left out, such as *.doc" in printed
+    (made,) = (tmp_path / "runs").iterdir()
+    run(monkeypatch, train.main, "--resume", made, "--epochs=3")
+    run(monkeypatch, evaluate.main, made, "--nll-samples=2")
+    capsys.readouterr().out.encode()
+    assert load_dataset(str(root)).classes == [r"\xe9t\xe9"]
+    (root / os.fsdecode(b"\xe9t\xe9") / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"\\xff\.png is damaged") as error:
+        load_dataset(str(root))
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("odd", [(0x0128, 2, 4, b"2\0\0\0"), (0x011A, 7, 4, b"72/1"), (0x010F, 5, 1, bytes(4))])
+def test_odd_exif_is_no_reason_to_refuse_a_picture(odd: tuple[int, int, int, bytes], tmp_path: Path):
+    """A tag of another type than it should have, on which PIL fails as it turns the picture."""
+    entries = struct.pack("<HHI4sHHI4s", 0x0112, 3, 1, b"\6\0\0\0", *odd)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(12)
+    sideways = Image.new("L", (20, 20))
+    sideways.paste(255, (0, 0, 20, 10))
+    for i in range(4):
+        sideways.save(tmp_path / f"{i}.jpg", exif=exif)
+    image = load_dataset(str(tmp_path), image_size=8).train_images[0, 0]
+    assert (image[:, 5:] > 200).all()
+    assert (image[:, :3] < 50).all()
+
+
+@pytest.mark.parametrize("kind", [struct.error, TypeError, AttributeError, OverflowError, EOFError, ZeroDivisionError])
+def test_whatever_pil_raises_names_the_file(kind: type[Exception], folder: Path, monkeypatch, fails: Callable):
+    prepare = PngImageFile.load_prepare
+
+    def fail(picture: PngImageFile) -> None:
+        if picture.filename.endswith("004.png"):
+            raise kind("odd")
+        prepare(picture)
+
+    monkeypatch.setattr(PngImageFile, "load_prepare", fail)
+    message = fails(train.main, "--dataset", folder, "--out-dir", folder / "runs")
+    assert str(folder / "cross" / "004.png") in message
+    assert "odd" in message
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="PIL without JPEG 2000")
+def test_a_picture_of_which_only_a_part_is_there(tmp_path: Path):
+    """PIL complains once about such a picture and then takes it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.jp2")
+    (tmp_path / "part.jp2").write_bytes((tmp_path / "whole.jp2").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"part\.jp2 is damaged"):
+        load_dataset(str(tmp_path))
+
+
+def test_dark_images_get_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture):
+    random = np.random.default_rng(0)
+    values = random.integers(0, 4096, (40, 12, 12), dtype=np.uint16)
+    for i, pixels in enumerate(values):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    np.savez(tmp_path / "bits.npz", images=(random.random((40, 12, 12)) < 0.3).astype(np.uint8))
+    np.savez(tmp_path / "dark.npz", images=random.integers(0, 65, (40, 12, 12), dtype=np.uint8))
+    for name, says in (("", ["is 15 of 255", "65,535"]), ("bits.npz", ["is 1 of 255", "multiply by 255"])):
+        load_dataset(str(tmp_path / name), image_size=None if name else 12)
+        warning = capsys.readouterr().err
+        assert warning.startswith("warning: ")
+        assert warning.count("\n") == 1
+        assert all(words in warning for words in says)
+    load_dataset(str(tmp_path / "dark.npz"))
+    assert capsys.readouterr().err == ""
+
+
+def test_all_kinds_of_pictures_are_read_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for i in range(8):
+        save_picture(tmp_path / "cat" / f"{i}.png")
+        save_picture(tmp_path / "cat" / f"{i}.JFIF", format="JPEG")
+        save_picture(tmp_path / "cat" / f"{i}.gif")
+        (tmp_path / "cat" / f"{i}.heic").touch()
+    (tmp_path / "README").touch()
+    (tmp_path / "cat" / "features.h5").touch()
+    dataset = load_dataset(str(tmp_path))
+    assert len(dataset.train_images) + len(dataset.test_images) == 24
+    printed = capsys.readouterr().out
+    assert "24 pictures in gray" in printed
+    assert "; 10 left out, such as cat/*.heic, README, cat/*.h5\n" in printed
+
+
+def test_hidden_files_and_links_to_folders_are_not_read(folder: Path, capsys: pytest.CaptureFixture):
+    (folder / "notes.txt").unlink()
+    expected = load_dataset(str(folder))
+    assert "left out" not in capsys.readouterr().out
+    for hidden in (".hidden", ".ipynb_checkpoints", "__MACOSX", "cross/.ipynb_checkpoints", "cross/__MACOSX/.a/b"):
+        save_picture(folder / hidden / "001-checkpoint.png")
+    (folder / "cross" / ".DS_Store").touch()
+    (folder / "cross" / "._001.png").touch()
+    dataset = load_dataset(str(folder))
+    assert dataset.checksum() == expected.checksum()
+    assert "left out" not in capsys.readouterr().out
+    (folder / "cross" / "again").symlink_to(folder / "cross", target_is_directory=True)
+    (folder / "circle" / "up").symlink_to("..", target_is_directory=True)
+    (folder / "second").symlink_to(folder / "cross", target_is_directory=True)
+    dataset = load_dataset(str(folder))
+    assert (dataset.checksum(), dataset.classes) == (expected.checksum(), list(CLASSES))
+    assert "3 left out, such as circle/up, cross/again, second\n" in capsys.readouterr().out
+
+
+def test_the_halves_of_a_split_may_be_links(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "mine").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "mine" / name).symlink_to(folder, target_is_directory=True)
+    dataset = load_dataset(str(tmp_path / "mine"))
+    assert len(dataset.train_images) == len(dataset.test_images) == 200
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [{"a": 30, "b": 1}, {"train/a": 9, "train/b": 1, "test/a": 1, "test/b": 1}])
+def test_classes_of_one_picture(classes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, count in classes.items():
+        for i in range(count):
+            save_picture(tmp_path / "mine" / name / f"{i}.png", shade=100 + i)
+    args = [*SMALL, "--latent-size=3", "--out-dir", tmp_path / "runs"]
+    run(monkeypatch, train.main, "--dataset", tmp_path / "mine", *args)
+    run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
+    assert "NaN" not in (tmp_path / "runs" / "001-mine-z3" / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize("counts", [(9, 1), (1, 9), (1, 1)])
+def test_one_picture_to_train_or_test_on_is_too_few(counts: tuple[int, int], tmp_path: Path, fails: Callable):
+    for name, count in zip(("train", "test"), counts, strict=True):
+        for i in range(count):
+            save_picture(tmp_path / "mine" / name / f"{i}.png")
+    message = fails(train.main, "--dataset", tmp_path / "mine", "--out-dir", tmp_path / "runs")
+    assert f"{sum(counts)} images, {counts[1]} of them for testing" in message
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
 
 
 @pytest.mark.parametrize("labels", [None, np.arange(60) % 12, np.array(["a", "b", "c"])[np.arange(60) % 3]])
@@ -213,12 +472,43 @@ def test_an_npz_file(labels: np.ndarray | None, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((9, 5, 6), (1, 5, 6)),
+        ((9, 5, 6, 3), (3, 5, 6)),
+        ((9, 3, 5, 6), (3, 5, 6)),
+        ((9, 5, 6, 1), (1, 5, 6)),
+        ((9, 1, 5, 6), (1, 5, 6)),
+        ((9, 3, 5, 3), (3, 3, 5)),  # could be either; as pictures are usually stored
+    ],
+)
+def test_colour_in_an_npz_file(shape: tuple[int, ...], expected: tuple[int, int, int], tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images)
+    dataset = load_dataset(str(tmp_path / "mine.npz"))
+    assert dataset.shape == expected
+    if shape[-1] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    written = {image.tobytes() for image in images}
+    assert {image.numpy().tobytes() for image in torch.cat([dataset.train_images, dataset.test_images])} == written
+
+
+def test_labels_of_bytes(tmp_path: Path):
+    images = np.full((9, 4, 4), 200, dtype=np.uint8)
+    labels = np.array(["cat", "été", "dog"])[np.arange(9) % 3]
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.char.encode(labels, "utf-8"))
+    assert load_dataset(str(tmp_path / "mine.npz")).classes == ["cat", "dog", "été"]
+
+
+@pytest.mark.parametrize(
     ("arrays", "says"),
     [
         ({"pictures": np.zeros((5, 4, 4), np.uint8)}, "no array named images"),
         ({"images": np.zeros((5, 4, 4))}, "float64"),
         ({"images": np.zeros((5, 16), np.uint8)}, "(5, 16)"),
         ({"images": np.zeros((0, 4, 4), np.uint8)}, "(0, 4, 4)"),
+        ({"images": np.zeros((5, 4, 4, 4), np.uint8)}, "(5, 4, 4, 4)"),
+        ({"images": np.zeros((5, 4, 4), bool)}, "(N, H, W, 3) or (N, 3, H, W) of type uint8"),
         ({"images": np.zeros((5, 4, 4), np.uint8), "labels": np.zeros(4)}, "(4,)"),
         ({"images": np.zeros((3, 4, 4), np.uint8)}, "3 images"),
         ({"images": np.array([{}])}, "damaged"),

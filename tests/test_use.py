@@ -164,3 +164,61 @@ def test_what_nll_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     outliers.main()
     rows = dict(line[2:-2].rsplit(" | ", 2)[::2] for line in capsys.readouterr().out.splitlines() if " | " in line)
     assert float(rows["inverted"]) > 0.99
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding
+
+
+def test_encoding_the_test_set(few: ImageData, tmp_path: Path, call: Callable, fails: Callable):
+    model, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
+    path = tmp_path / "new" / "encoded.npz"
+    call(run, "--save", path, "--nll-samples", 4)
+    arrays = np.load(path, allow_pickle=False)
+    test_set = make_test_set(few, "dynamic")
+    _, logvar, mu = model.encode(test_set.inputs)
+    torch.testing.assert_close(torch.from_numpy(arrays["mu"]), mu, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(arrays["logvar"]), logvar, atol=1e-5, rtol=1e-4)
+    assert arrays["label"].tolist() == [str(label) for label in few.test_labels.tolist()]
+    metrics = evaluate.evaluate(model, few.test_images, nll_samples=4)
+    assert arrays["nll"].mean() == pytest.approx(metrics["nll"])
+    assert arrays["neg_elbo"].mean() == pytest.approx(metrics["neg_elbo"], rel=0.02)  # of other draws
+    before = path.read_bytes()
+    assert "exists" in fails(evaluate.main, run, "--save", path)
+    assert path.read_bytes() == before
+    assert ".npz" in fails(evaluate.main, run, "--save", tmp_path / "encoded.npy")
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, call: Callable, fails: Callable):
+    _, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
+    images, source = digits.test_images[:25, 0].numpy(), tmp_path / "mine"
+    if kind == "npz":
+        source = tmp_path / "mine.npz"
+        np.savez(source, images=images, labels=np.arange(25) % 3)
+    else:
+        for i, image in enumerate(images):
+            path = source / "abc"[i % 3] / f"{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    call(run, "--save", tmp_path / "all.npz", "--dataset", source, "--nll-samples", 1)
+    arrays = np.load(tmp_path / "all.npz", allow_pickle=False)
+    numbers = [int(name.removesuffix(".png").rpartition("/")[2]) for name in arrays["name"]]
+    assert sorted(numbers) == list(range(25))
+    assert arrays["label"].tolist() == [("abc" if kind == "folder" else "012")[i % 3] for i in numbers]
+    model, _ = utils.load_checkpoint(run)
+    blank = np.abs(arrays["mu"] - model.encode(torch.zeros(1, 784))[2].numpy()).max(1)
+    assert (blank > 0).all()
+    np.savez(tmp_path / "small.npz", images=images[:, :9, :9])
+    assert "784" in fails(evaluate.main, run, "--save", tmp_path / "no.npz", "--dataset", tmp_path / "small.npz")
+    assert not (tmp_path / "no.npz").exists()
+
+
+def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
+    model = VAE(784, 16, 3)
+    arguments = model, few.test_images, few.test_labels, "dynamic", 3
+    whole, parts = evaluate.encode_images(*arguments), evaluate.encode_images(*arguments, batch_size=20)
+    assert whole.keys() == parts.keys() == {"mu", "logvar", "neg_elbo", "nll"}
+    torch.testing.assert_close(parts["mu"], whole["mu"], atol=1e-5, rtol=1e-4)
+    gray = evaluate.encode_images(model, few.test_images, few.test_labels, "none", 3)
+    assert gray.keys() == {"mu", "logvar", "neg_elbo"}
