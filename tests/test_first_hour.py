@@ -19,7 +19,7 @@ import train
 import utils
 from data import ImageData
 from model import VAE
-from tests.conftest import processes, thinned
+from tests.conftest import not_windows, processes, thinned
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +132,7 @@ def write_often(path: Path) -> None:
         utils.save_checkpoint(path, {"weights": torch.full((10_000,), i)})
 
 
+@not_windows
 def test_two_processes_write_the_same_file(tmp_path: Path):
     path = tmp_path / "checkpoint.pt"
     write_often(path)
