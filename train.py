@@ -65,7 +65,7 @@ OnEpoch = Callable[[VAE, History], None]
 
 def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.ArgumentParser:
     """The command line, with other defaults for some of the options."""
-    parser = utils.ArgumentParser(description=description, fromfile_prefix_chars="@")
+    parser = utils.ArgumentParser(description=description)
     resumable = ", ".join(map(flag, RESUMABLE))
     parser.add_argument("--resume", metavar="RUN", help=f"continue this run folder; only {resumable} can be changed")
     positive, nonnegative, whole = number(float, 1e-37, 1e37), number(float, 0, 1e6), number(int, 0, 2**31)

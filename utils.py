@@ -56,18 +56,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Complains in one line. A line of an argument file may hold several arguments, quotes and comments."""
+    """Complains in one line. An argument @FILE stands for those in a UTF-8 file, with quotes and comments."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        words = shlex.shlex(arg_line, posix=True)
-        words.whitespace_split, words.escape = True, ""  # a backslash belongs to a Windows path
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        words = [word for arg in words for word in (self.read_words(arg[1:]) if arg.startswith("@") else [arg])]
+        return super().parse_known_args(words, namespace)
+
+    def read_words(self, path: str) -> list[str]:
         try:
+            words = shlex.shlex(Path(path).read_text(encoding="utf-8-sig"), posix=True)
+            words.whitespace_split, words.escape = True, ""  # a backslash belongs to a Windows path
             return list(words)
-        except ValueError as error:
-            raise UserError(f"in the argument file, {arg_line!r}: {one_line(error)}") from error
+        except (OSError, ValueError) as error:
+            self.error(f"the argument file {path}: {one_line(error)}")
 
     def error(self, message: str) -> None:
         unknown = re.search(r"unrecognized arguments:.*? (-[\w-]+)", message)
@@ -123,7 +128,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         os.environ.pop("MPLBACKEND", None)  # commands need none, and a notebook's may not be installed here
         try:
             return main(*args, **kwargs)
-        except (UserError, UnicodeDecodeError) as error:
+        except (UserError, UnicodeError) as error:
             message, code = f"error: {one_line(error)}", 2
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

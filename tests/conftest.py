@@ -18,8 +18,12 @@ from data import ImageData, load_dataset
 
 SIZE = 49  # 7 x 7 images, so that integrals over the latents are quick
 
-processes = multiprocessing.get_context("forkserver")  # each is there at once, with PyTorch imported
-processes.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "tqdm", "matplotlib.figure", "pytest"])
+is_windows = sys.platform == "win32"
+processes = multiprocessing.get_context("spawn" if is_windows else "forkserver")
+if not is_windows:  # each process is there at once, with PyTorch imported
+    processes.set_forkserver_preload(["torch._dynamo", "torch.distributed.nn", "tqdm", "matplotlib.figure", "pytest"])
+not_windows = pytest.mark.skipif(is_windows, reason="needs signals, limits or renames as POSIX has them")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="measures as only Linux does")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ from model import VAE
 from tests.conftest import SIZE
 from tests.test_subclasses import state
 
+compilers = map(shutil.which, ("c++", "g++", "clang++"))
+needs_compiler = pytest.mark.skipif(not any(compilers), reason="no C++ compiler on this machine")
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "device": "cpu"}
 
 
@@ -114,7 +116,7 @@ def assert_same_losses(run: Path, reference: Path) -> None:
             assert row[name] == pytest.approx(other[name], rel=2e-3, abs=0.01)
 
 
-@pytest.mark.parametrize("kind", [Ordinary, Unusual])
+@pytest.mark.parametrize("kind", [pytest.param(Ordinary, marks=needs_compiler), Unusual])
 def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tmp_path: Path, request):
     """From the same draws; the last batch is a smaller one, which is not compiled."""
     if kind is Unusual:
@@ -133,7 +135,7 @@ def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tm
         assert (found[name] - value).double().norm() <= 0.03 * value.double().norm(), name
 
 
-@pytest.mark.parametrize("kind", [Ordinary, CountsInBuffer])
+@pytest.mark.parametrize("kind", [pytest.param(Ordinary, marks=needs_compiler), CountsInBuffer])
 def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData, tmp_path: Path, request):
     """The resumed run is compiled too: otherwise it would be equal to rounding only."""
     if kind is CountsInBuffer:

@@ -15,7 +15,7 @@ import train
 import utils
 from data import ImageData
 from model import VAE, DiagonalNormal
-from tests.conftest import run_ranks, thinned
+from tests.conftest import not_windows, run_ranks, thinned
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,10 @@ train.draw = lambda *args: None
 train.load_dataset = lambda *args: torch.load("digits.pt", weights_only=False)
 """
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without distributed")
+pytestmark = [
+    not_windows,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without distributed"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import utils
 from data import ImageData
 from experiments import conditional, convolutional, vampprior
 from step import matmul_precision
-from tests.conftest import run_ranks, thinned
+from tests.conftest import not_windows, run_ranks, thinned
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("conditional", "convolutional", "vampprior")
@@ -162,6 +162,7 @@ def test_evaluate_names_the_class_of_an_experiments_run(tmp_path: Path, monkeypa
     assert "ConditionalVAE" in fails(train.main, "--resume", tmp_path / "001-mnist-5k-z2", "--epochs=2")
 
 
+@not_windows
 def test_two_processes(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Training is shared, and one process evaluates when the others are done."""
     monkeypatch.chdir(tmp_path)

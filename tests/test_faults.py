@@ -6,7 +6,6 @@ import functools
 import io
 import os
 import random
-import resource
 import shlex
 import signal
 import sys
@@ -25,8 +24,11 @@ from torch import Tensor
 import train
 import utils
 from model import VAE
-from tests.conftest import processes
+from tests.conftest import linux, not_windows, processes
 from utils import UserError
+
+with contextlib.suppress(ImportError):  # on Windows
+    import resource
 
 
 @pytest.fixture
@@ -94,10 +96,12 @@ def epochs_in_csv(run: Path) -> list[int]:
 # Killed, interrupted, out of disk space
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_at_random_moments(number: signal.Signals, options: dict, tmp_path: Path, monkeypatch, capsys):
+@not_windows
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_killed_at_random_moments(name: str, options: dict, tmp_path: Path, monkeypatch, capsys):
     """After a signal that can be caught, continues with the command that was printed."""
     out_dir, moments, epoch, output = options["out_dir"], random.Random(0), 0, tmp_path / "output"
+    number = getattr(signal, name)
     options |= {"data_dir": "it's here"}
     words = words_of(options | {"epochs": 10**6})
     for kill in range(7):
@@ -162,6 +166,7 @@ def test_a_signal_is_not_lost(place: str, options: dict, monkeypatch: pytest.Mon
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@not_windows
 def test_out_of_disk_space(options: dict, tmp_path: Path):
     _, _, run = train.train(**options, epochs=2)
     before, output = (run / "checkpoint.pt").read_bytes(), tmp_path / "output"
@@ -277,12 +282,14 @@ def refuse_without_memory(path: Path, config: dict[str, int], weights: dict[str,
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
 
+@linux
 @pytest.mark.parametrize("claim", [("hidden_size", 2**20), ("hidden_size", 2**70), ("encoder_layers", 10**5)], ids=str)
 def test_a_model_much_larger_than_its_weights(claim: tuple[str, int], tmp_path: Path):
     vae = VAE(30, 8, 2)
     refuse_without_memory(tmp_path / "model.pt", vae.config | dict([claim]), vae.state_dict())
 
 
+@linux
 @pytest.mark.parametrize("kind", ["repeat one value", "have none"])
 def test_large_weights_in_a_small_file(kind: str, tmp_path: Path):
     with torch.device("meta"):

@@ -19,7 +19,7 @@ import train
 import utils
 from data import ImageData
 from model import VAE
-from tests.conftest import processes, thinned
+from tests.conftest import not_windows, processes, thinned
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,9 @@ for main, *words in ((train.main, *{train!r}), (evaluate.main, {run!r}, "--nll-s
 def test_neither_a_backend_nor_the_locale_matters(few_digits: Path, tmp_path: Path):
     """A notebook's backend may not be installed here, and files are UTF-8 even where the locale is ASCII."""
     run = tmp_path / "001-few-z2"
-    words = [f"--dataset={few_digits}", "--epochs=1", "--latent-size=2", "--binarize=dynamic", f"--out-dir={tmp_path}"]
+    options = tmp_path / "options.txt"
+    options.write_text(f"# for \N{GREEK SMALL LETTER BETA}\n--dataset '{few_digits}' --epochs 1", encoding="utf-8")
+    words = [f"@{options}", "--latent-size=2", "--binarize=dynamic", f"--out-dir={tmp_path}"]
     code = COMMANDS.format(root=str(ROOT), train=words, run=str(run))
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = run_script("-c", code, MPLBACKEND="no-such-backend", **locale)
@@ -77,7 +79,7 @@ def test_every_file_is_read_and_written_as_utf_8():
     opens = re.compile(r"(\.read_text|\.write_text|(?<!def )(?<!\.)\bopen)\(")
     for path in {*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")} - set((ROOT / "tests").iterdir()):
         for line in filter(opens.search, path.read_text(encoding="utf-8").splitlines()):
-            assert re.search(r'encoding="utf-8"|"[rw]b"', line), f"{path}: {line}"
+            assert re.search(r'encoding="utf-8|"[rw]b"', line), f"{path}: {line}"
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
@@ -132,6 +134,7 @@ def write_often(path: Path) -> None:
         utils.save_checkpoint(path, {"weights": torch.full((10_000,), i)})
 
 
+@not_windows
 def test_two_processes_write_the_same_file(tmp_path: Path):
     path = tmp_path / "checkpoint.pt"
     write_often(path)
@@ -200,10 +203,10 @@ def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch: pytest.Mon
     assert lines["nt"] == 'python train.py --resume "my runs" it\'s'
 
 
-def test_windows_paths_in_an_argument_file(tmp_path: Path):
+def test_windows_paths_and_editors_in_an_argument_file(tmp_path: Path):
     path = tmp_path / "mine.txt"
     text = "--data-dir C:\\new\\data --out-dir \"D:\\my runs\\\"  # a comment\n--dataset '\\\\server\\it'\n"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     given = train.parse_given(train.make_parser(), [f"@{path}"])
     assert given == {"data_dir": "C:\\new\\data", "out_dir": "D:\\my runs\\", "dataset": "\\\\server\\it"}
 

@@ -53,6 +53,6 @@ def test_argument_file(tmp_path: Path, fails: Callable):
     given = train.parse_given(train.make_parser(), [f"@{path}", "--lr=1"])
     assert given == {"epochs": 7, "lr": 1.0, "out_dir": "a folder"}
     assert "missing.txt" in fails(train.main, f"@{tmp_path / 'missing.txt'}")
-    for content, says in ((b"--dataset=my digit's", "digit's"), (b"\xff\xfe\x00", "decode")):
+    for content, says in ((b"--dataset=my digit's", "No closing quotation"), (b"\xff\xfe\x00", "decode")):
         path.write_bytes(content)
         assert says in fails(train.main, f"@{path}")

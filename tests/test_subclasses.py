@@ -14,7 +14,7 @@ import train
 import utils
 from data import ImageData
 from model import VAE, LatentZ
-from tests.conftest import run_ranks
+from tests.conftest import not_windows, run_ranks
 from tests.kinds import IN_GRAY, KINDS, SIZE, FlowPosterior, FlowPrior, MixturePrior, SmallVAE, TwoLayers
 from utils import UserError
 
@@ -81,6 +81,7 @@ def fit_all(data: ImageData) -> None:
             fit(kind, data, Path("runs"), 2)
 
 
+@not_windows
 def test_two_processes_train_as_one(small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     run_ranks(2, fit_all, small)
