@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
+import measure
+import pictures
 import utils
 from data import BINARIZE, BINARIZED_DATASETS, DATASETS, ImageData, binarize, load_dataset
 from model import ACTIVATIONS, LIKELIHOODS, VAE, Decoder, LatentZ, nll_from_log_weights
@@ -264,11 +266,11 @@ def fit(
     if rank == 0:
         print(start_line(dataset, average, options, run, len(history)))
     images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
-    test_set = evaluate.make_test_set(dataset, options.binarize, device)
+    test_set = measure.make_test_set(dataset, options.binarize, device)
     average = average.to(device).eval()
     model = copy.deepcopy(average) if options.average else average
     optimizer = restore(model, checkpoint, options)
-    is_likelihood, step = evaluate.is_likelihood(average, test_set), None
+    is_likelihood, step = measure.is_likelihood(average, test_set), None
     with utils.hold_signals() as check_signals, matmul_precision("medium", device):  # medium for the tests
         for epoch in range(len(history) + 1, options.epochs + 1):
             if step is None or epoch == options.elbo_epochs + 1:
@@ -305,13 +307,13 @@ def restore(model: VAE, checkpoint: dict[str, Any], options: Namespace) -> torch
     return optimizer
 
 
-def compute_test_losses(model: VAE, test_set: evaluate.Examples) -> tuple[float, float, float]:
+def compute_test_losses(model: VAE, test_set: measure.Examples) -> tuple[float, float, float]:
     """The negative ELBO on the test set and its two terms, in nats per image."""
     rank, ranks = rank_and_ranks()
     if ranks > 1:
         for buffer in model.buffers():  # batch-norm statistics, say, differ between ranks
             torch.distributed.broadcast(buffer, 0)
-    terms = evaluate.elbo_terms(model, evaluate.Examples(*(part[rank::ranks] for part in test_set)))
+    terms = measure.elbo_terms(model, measure.Examples(*(part[rank::ranks] for part in test_set)))
     sums = utils.sum_over_ranks(torch.stack([term.sum() for term in terms]))
     reconstruction, kl = (sums / len(test_set.labels)).tolist()
     return reconstruction + kl, reconstruction, kl
@@ -412,7 +414,7 @@ def resume(
     if epoch == options.epochs and rank_and_ranks()[0] == 0:
         print(f"{path}: already trained for {epoch} epochs; outputs rewritten. Pass a larger --epochs to continue.")
         write_table(path.parent, history)
-        draw(path.parent, model, dataset, evaluate.make_test_set(dataset, options.binarize), options, history)
+        draw(path.parent, model, dataset, measure.make_test_set(dataset, options.binarize), options, history)
     elif epoch < options.epochs:
         for unfinished in path.parent.glob(".*.part"):  # left by a killed process
             unfinished.unlink(missing_ok=True)
@@ -498,7 +500,7 @@ def complete(options: Namespace, dataset: ImageData, model: VAE) -> None:
         options.compile = is_worth_compiling(device, ranks, steps)
     options.precision = options.precision or choose_precision(device, options.batch_size)
     vars(options).update({name: model.config[name] for name in SIZES if name in model.config})
-    options.binarize = options.binarize or evaluate.usual_binarization(model)
+    options.binarize = options.binarize or measure.usual_binarization(model)
 
 
 def make_vae(dataset: ImageData, options: Namespace, kind: type[VAE] = VAE, **more: Any) -> VAE:
@@ -529,7 +531,7 @@ def initialize(model: VAE, images: Tensor) -> None:
 # Checks
 
 
-@evaluate.in_eval_mode
+@measure.in_eval_mode
 def check_model(model: VAE, dataset: ImageData, options: Namespace) -> None:
     """Raises UserError if the model is for other images, or one of its distributions has a wrong shape."""
     evaluate.check_images(model, dataset)
@@ -621,17 +623,17 @@ def write_table(run: Path, history: History) -> None:
 
 
 def draw(
-    run: Path, model: VAE, dataset: ImageData, test_set: evaluate.Examples, options: Namespace, history: History
+    run: Path, model: VAE, dataset: ImageData, test_set: measure.Examples, options: Namespace, history: History
 ) -> None:
     """Writes the pictures that show how far the run has come."""
-    caption = evaluate.describe(dataset, options.binarize, model, len(history))
+    caption = pictures.describe(dataset, options.binarize, model, len(history))
     figures = {
-        "curves.png": evaluate.draw_curves(history, caption),
-        "reconstructions.png": evaluate.draw_reconstructions(model, dataset, test_set, caption),
-        "prior_samples.png": evaluate.draw_prior_samples(model, dataset, caption),
+        "curves.png": pictures.draw_curves(history, caption),
+        "reconstructions.png": pictures.draw_reconstructions(model, dataset, test_set, caption),
+        "prior_samples.png": pictures.draw_prior_samples(model, dataset, caption),
     }
     for name, figure in figures.items():
-        evaluate.save_figure(figure, run / name)
+        pictures.save_figure(figure, run / name)
 
 
 def start_line(dataset: ImageData, model: VAE, options: Namespace, run: Path, epoch: int) -> str:
@@ -650,7 +652,7 @@ def epoch_line(row: dict[str, float], options: Namespace, dataset: ImageData, is
     """What a run says after an epoch."""
     label = "" if is_likelihood else "  (gray targets: no likelihood)"
     if is_likelihood and options.binarize == "none":
-        label = f"  ({evaluate.bits_per_dim(row['test_loss'], dataset.input_size):.3f} bits per dimension)"
+        label = f"  ({measure.bits_per_dim(row['test_loss'], dataset.input_size):.3f} bits per dimension)"
     return (
         f"epoch {row['epoch']:{len(str(options.epochs))}d}/{options.epochs}  train {row['train_loss']:7.2f}  "
         f"test {row['test_loss']:7.2f} = reconstruction {row['test_reconstruction']:6.2f} + "
@@ -669,7 +671,7 @@ def main(model: Model | None = None, description: str | None = __doc__, **defaul
     if model is not None:
         evaluate.add_nll_samples(parser)
     given = parse_given(parser)
-    nll_samples, resumed = given.pop("nll_samples", evaluate.NLL_SAMPLES), given.pop("resume", None)
+    nll_samples, resumed = given.pop("nll_samples", measure.NLL_SAMPLES), given.pop("resume", None)
     script, place = sys.argv[0], ["--data-dir", given["data_dir"]] if "data_dir" in given else []
     try:
         with utils.process_group():

@@ -9,13 +9,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from PIL import Image, ImageDraw
 
-from evaluate import decode_manifold, tile
 from model import VAE
+from pictures import decode_manifold, tile
 from train import train
 
 
 def draw_frame(model: VAE, epoch: int, steps: int = 14) -> Image.Image:
-    """Images decoded at equal quantiles of the prior, as evaluate.draw_manifold shows them, with the epoch below."""
+    """Images decoded at equal quantiles of the prior, as pictures.draw_manifold shows them, with the epoch below."""
     tiles = tile(decode_manifold(model, steps)[0], steps)
     frame = Image.new("L", (28 * steps, 28 * steps + 20), 255)
     frame.paste(Image.fromarray((255 * tiles).byte().numpy()))

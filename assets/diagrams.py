@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from matplotlib.figure import Figure
 
-from evaluate import BLUE, GRAY, ORANGE, save_figure
 from model import VAE, LatentZ
+from pictures import BLUE, GRAY, ORANGE, save_figure
 
 
 def draw_architecture(vae: VAE) -> Figure:

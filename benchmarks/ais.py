@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import evaluate
+import measure
 import utils
-from evaluate import Examples
+from measure import Examples
 from model import VAE, DiagonalNormal, nll_from_log_weights
 
 Densities = Callable[[Tensor], tuple[Tensor, Tensor]]  # eps (K, B, latent) -> log densities of both ends, each (K, B)
@@ -86,7 +87,7 @@ def anneal(both: Densities, eps: Tensor, betas: list[float], steps: list[Tensor]
     return log_weights, tuned[:-1]
 
 
-@evaluate.in_eval_mode
+@measure.in_eval_mode
 def compare(model: VAE, test_set: Examples, chains: int, temperatures: int, z: Tensor | None) -> dict[str, Tensor]:
     """Estimates -log p(x) of each image by each method: (B,). z (B, latent), if known, is a draw of p(z|x).
 
@@ -101,7 +102,7 @@ def compare(model: VAE, test_set: Examples, chains: int, temperatures: int, z: T
     _, steps = anneal(both, torch.randn_like(eps[:4]), betas)
     log_weights, _ = anneal(both, eps, betas, steps)
     nll = {
-        "importance sampling, 5,000 samples": evaluate.estimate_nll(model, test_set, num_samples=5000),
+        "importance sampling, 5,000 samples": measure.estimate_nll(model, test_set, num_samples=5000),
         "annealed importance sampling": nll_from_log_weights(log_weights),
     }
     if z is not None:
@@ -124,9 +125,9 @@ def main() -> None:
     device = utils.choose_device(args.device)
     model, checkpoint = utils.load_checkpoint(args.run)
     dataset = evaluate.open_test_data(model, checkpoint, utils.checkpoint_path(args.run), args.data_dir)
-    whole = evaluate.make_test_set(dataset, checkpoint.get("options", {}).get("binarize", "dynamic"), device)
+    whole = measure.make_test_set(dataset, checkpoint.get("options", {}).get("binarize", "dynamic"), device)
     test_set = Examples(*(part[: args.images] for part in whole))
-    if not evaluate.is_likelihood(model.to(device), test_set):
+    if not measure.is_likelihood(model.to(device), test_set):
         raise utils.UserError("the model has no likelihood of the targets that it was trained on")
     torch.manual_seed(0)
     with torch.no_grad():

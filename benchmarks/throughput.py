@@ -36,11 +36,12 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import pictures
 import step
 import train
 import utils
-from evaluate import BLUE, GRAY, ORANGE
 from model import loss_criterion
+from pictures import BLUE, GRAY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -244,7 +245,7 @@ def compare(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     print(f"train.py is {faster}, and takes {1 / times[floor]:.2f} times as long as the {floor} alone")
     if args.picture:
         speeds = {name: speeds[name] for name in (*rivals, "train.py", floor)}
-        evaluate.save_figure(draw_speeds(speeds, describe(args)), Path(args.picture))
+        pictures.save_figure(draw_speeds(speeds, describe(args)), Path(args.picture))
     return {"seconds": seconds, "times": times, "floor": floor}
 
 
@@ -333,7 +334,7 @@ def scaling(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
             seconds[name][loop].append(statistics.median(passes))
         print(f"{name} {value}: {', '.join(f'{loop} {s[-1]:.3f} s' for loop, s in seconds[name].items())}")
     if args.picture:
-        evaluate.save_figure(draw_scaling(sizes, seconds, describe(args)), Path(args.picture))
+        pictures.save_figure(draw_scaling(sizes, seconds, describe(args)), Path(args.picture))
     return {"sizes": sizes, "seconds": seconds}
 
 

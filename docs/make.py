@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 import utils
 from data import ImageData, load_dataset
-from evaluate import Examples, check_images, class_colors, describe, in_turn, open_test_data, posterior_means
+from evaluate import check_images, open_test_data
+from measure import Examples, posterior_means
 from model import VAE, Decoder, Encoder, LatentZ
+from pictures import class_colors, describe, in_turn
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 import evaluate
+import measure
 import utils
 from benchmarks import ais
 from model import VAE, DiagonalNormal
@@ -42,8 +43,8 @@ def model() -> VAE:
     return model
 
 
-def as_test_set(x: Tensor) -> evaluate.Examples:
-    return evaluate.Examples(x, x, torch.zeros(len(x), dtype=torch.int64))
+def as_test_set(x: Tensor) -> measure.Examples:
+    return measure.Examples(x, x, torch.zeros(len(x), dtype=torch.int64))
 
 
 def exact_nll(model: VAE, targets: Tensor, step: float = 0.05) -> Tensor:
@@ -103,7 +104,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     utils.save_checkpoint(tmp_path / "run.pt", checkpoint)
     sizes = ["--images", "3", "--chains", "2", "--temperatures", "3"]
     monkeypatch.setattr(sys, "argv", ["ais.py", str(tmp_path / "run.pt"), *sizes])
-    monkeypatch.setattr(evaluate, "estimate_nll", lambda _, test_set, **__: torch.full((len(test_set.inputs),), 123.0))
+    monkeypatch.setattr(measure, "estimate_nll", lambda _, test_set, **__: torch.full((len(test_set.inputs),), 123.0))
     ais.main()
     output = capsys.readouterr().out
     assert output.count("123.000") == 2

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import measure
 import train
 import utils
 from data import ImageData
@@ -131,7 +132,7 @@ def test_the_logistic_learns_in_any_precision(precision: str, colours: ImageData
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 150, "hidden_size": 64, "latent_size": 6, "batch_size": 40, "lr": 5e-3, "device": "cpu"}
     model, history, _ = train.train(colours, out_dir=tmp_path, precision=precision, **options)
-    bits = [evaluate.bits_per_dim(history[i]["test_loss"], 192) for i in (0, -1)]
+    bits = [measure.bits_per_dim(history[i]["test_loss"], 192) for i in (0, -1)]
     assert bits[0] > 7
     assert bits[1] < 6.5  # uniform noise has 8
     assert (model.log_scale < -2.05).all()  # where it started: the scales are learned

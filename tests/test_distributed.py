@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data
-import evaluate
+import measure
 import train
 import utils
 from data import ImageData
@@ -56,7 +56,7 @@ def third_step(data: ImageData) -> tuple[tuple[float, ...], dict[str, torch.Tens
     DiagonalNormal.rsample = lambda q, shape=(): q.mu + torch.exp(0.5 * q.logvar) * torch.sin(10 * q.mu.detach())
     torch.manual_seed(0)
     model = VAE(784, 32, 4)
-    losses = train.compute_test_losses(model, evaluate.make_test_set(data, "threshold"))
+    losses = train.compute_test_losses(model, measure.make_test_set(data, "threshold"))
     adam, options = torch.optim.Adam(model.parameters()), train.make_options(precision="highest")
     step = train.make_step(model, adam, data.train_images, data.train_labels, options)
     for first in (0, 127, 254):
@@ -204,7 +204,7 @@ def losses_with_other_buffers(images: ImageData) -> None:
     with utils.process_group():
         model = Shaded()
         model.shade.fill_(utils.rank_and_ranks()[0])
-        train.compute_test_losses(model, evaluate.make_test_set(images, "threshold"))
+        train.compute_test_losses(model, measure.make_test_set(images, "threshold"))
         assert model.shade == 0
 
 

@@ -13,10 +13,12 @@ import torch
 from torch.distributions import Bernoulli, Independent, Normal
 
 import evaluate
+import measure
+import pictures
 import train
 import utils
 from data import ImageData, binarize
-from evaluate import Examples, make_test_set
+from measure import Examples, make_test_set
 from model import VAE, loss_criterion
 from tests.conftest import thinned
 
@@ -52,7 +54,7 @@ def few(test_set: Examples, step: int) -> Examples:
 def test_elbo_equals_torch_distributions(trained: VAE, digits: ImageData):
     test_set = make_test_set(digits, "threshold")
     torch.manual_seed(1)
-    bce, kl = evaluate.elbo_terms(trained, test_set)
+    bce, kl = measure.elbo_terms(trained, test_set)
     torch.manual_seed(1)
     x_hat, logvar, mu, _ = trained(test_set.inputs)
     torch.testing.assert_close(bce, -Bernoulli(x_hat).log_prob(test_set.targets.flatten(1)).sum(1))
@@ -62,8 +64,8 @@ def test_elbo_equals_torch_distributions(trained: VAE, digits: ImageData):
 
 def test_elbo_in_batches(trained: VAE, digits: ImageData):
     test_set = make_test_set(digits, "dynamic")
-    whole_bce, whole_kl = evaluate.elbo_terms(trained, test_set, batch_size=1000)
-    bce, kl = evaluate.elbo_terms(trained, test_set, batch_size=77)
+    whole_bce, whole_kl = measure.elbo_terms(trained, test_set, batch_size=1000)
+    bce, kl = measure.elbo_terms(trained, test_set, batch_size=77)
     torch.testing.assert_close(kl, whole_kl)
     assert bce.mean() == pytest.approx(whole_bce.mean(), abs=1)  # other draws of z
 
@@ -83,7 +85,7 @@ def test_nll_equals_the_integral_over_a_grid(small: ImageData):
     exact = -(log_joint.logsumexp(1) + 2 * math.log(step))
     wide = copy.deepcopy(trained)  # p(x) does not depend on q, and one of twice its width misses no part of it
     wide.latent_z.logvar.bias += math.log(4)
-    estimate = evaluate.estimate_nll(wide, test_set, num_samples=10_000)
+    estimate = measure.estimate_nll(wide, test_set, num_samples=10_000)
     assert (estimate - exact).abs().max() < 0.1
     assert (estimate - exact).mean().abs() < 0.01
 
@@ -98,7 +100,7 @@ def test_nll_encodes_once_and_in_bounded_memory(trained: VAE, digits: ImageData,
     for num_samples in (10, 105):
         encoded.clear()
         decoded.clear()
-        evaluate.estimate_nll(trained, test_set, num_samples)
+        measure.estimate_nll(trained, test_set, num_samples)
         assert sum(encoded) == 250
         assert sum(decoded) == num_samples * 250 * 2
         peaks.append(max(decoded))
@@ -108,16 +110,16 @@ def test_nll_encodes_once_and_in_bounded_memory(trained: VAE, digits: ImageData,
 def test_nll_in_float64(trained: VAE, digits: ImageData):
     test_set = few(make_test_set(digits, "dynamic"), 4)
     double = Examples(test_set.inputs.double(), test_set.targets.double(), test_set.labels)
-    nll = evaluate.estimate_nll(copy.deepcopy(trained).double(), double, 20)
+    nll = measure.estimate_nll(copy.deepcopy(trained).double(), double, 20)
     assert nll.dtype == torch.float64
-    expected = evaluate.estimate_nll(trained, test_set, 20)
+    expected = measure.estimate_nll(trained, test_set, 20)
     assert nll.mean().item() == pytest.approx(expected.mean().item(), rel=0.01)  # other draws
 
 
 def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: ImageData):
     test_set = few(make_test_set(digits, "dynamic"), 2)
-    nll = torch.stack([evaluate.estimate_nll(trained, test_set, 1, seed).mean() for seed in range(40)])
-    elbo = torch.stack([sum(evaluate.elbo_terms(trained, test_set)).mean() for _ in range(40)])
+    nll = torch.stack([measure.estimate_nll(trained, test_set, 1, seed).mean() for seed in range(40)])
+    elbo = torch.stack([sum(measure.elbo_terms(trained, test_set)).mean() for _ in range(40)])
     standard_error = ((nll.var() + elbo.var()) / 40).sqrt()
     assert (nll.mean() - elbo.mean()).abs() < 4 * standard_error
     assert standard_error < 0.2
@@ -125,17 +127,17 @@ def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: ImageData)
 
 def test_nll_tightens_as_samples_are_added(trained: VAE, digits: ImageData):
     test_set = few(make_test_set(digits, "dynamic"), 10)
-    bounds = [evaluate.estimate_nll(trained, test_set, k).mean().item() for k in (1, 4, 16, 64, 256)]
+    bounds = [measure.estimate_nll(trained, test_set, k).mean().item() for k in (1, 4, 16, 64, 256)]
     assert bounds == sorted(bounds, reverse=True)
 
 
 def test_nll_is_seeded_and_rounding_does_no_harm(trained: VAE, digits: ImageData, monkeypatch: pytest.MonkeyPatch):
     test_set = few(make_test_set(digits, "dynamic"), 10)
-    rounded, again, other = (evaluate.estimate_nll(trained, test_set, 100, seed) for seed in (0, 0, 1))
+    rounded, again, other = (measure.estimate_nll(trained, test_set, 100, seed) for seed in (0, 0, 1))
     assert torch.equal(rounded, again)
     assert not torch.equal(rounded, other)
-    monkeypatch.setattr(evaluate, "choose_precision", lambda *_: "highest")
-    exact = evaluate.estimate_nll(trained, test_set, 100)
+    monkeypatch.setattr(measure, "choose_precision", lambda *_: "highest")
+    exact = measure.estimate_nll(trained, test_set, 100)
     assert rounded.mean().item() == pytest.approx(exact.mean().item(), abs=0.01)
 
 
@@ -143,7 +145,7 @@ def test_nll_of_extreme_logits():
     vae = VAE(4, 2, 1)
     torch.nn.init.constant_(vae.decoder.fc2.bias, 1e4)
     zeros = torch.zeros(3, 4)
-    nll = evaluate.estimate_nll(vae, Examples(zeros, zeros, torch.zeros(3, dtype=torch.int64)), 5)
+    nll = measure.estimate_nll(vae, Examples(zeros, zeros, torch.zeros(3, dtype=torch.int64)), 5)
     assert nll.tolist() == pytest.approx([4e4] * 3, rel=2**-8)  # of bfloat16
 
 
@@ -155,8 +157,8 @@ def test_active_units_are_those_that_vary():
     for unit, variance in ((1, 0.008), (2, 0.012)):
         mean = hidden @ vae.latent_z.mu.weight[unit]
         vae.latent_z.mu.weight[unit] *= math.sqrt(variance) / mean.std()
-    assert evaluate.is_active(vae.encode(x)[2]).tolist() == [False, False, True]
-    assert evaluate.is_active(vae.encode(x)[2], threshold=0.005).tolist() == [False, True, True]
+    assert measure.is_active(vae.encode(x)[2]).tolist() == [False, False, True]
+    assert measure.is_active(vae.encode(x)[2], threshold=0.005).tolist() == [False, True, True]
 
 
 def test_evaluate_is_seeded(trained: VAE, digits: ImageData):
@@ -197,27 +199,27 @@ def of_each_class(digits: ImageData, place: int) -> list[int]:
 def test_reconstructions_show_image_input_and_output(trained: VAE, digits: ImageData):
     test_set, firsts = make_test_set(digits, "dynamic"), of_each_class(digits, 0)
     images = digits.test_images[firsts, 0] / 255
-    figure = evaluate.draw_reconstructions(trained, digits, test_set, "caption")
+    figure = pictures.draw_reconstructions(trained, digits, test_set, "caption")
     tiles = picture(figure, 3)
     assert torch.equal(tiles[0], images)
     assert torch.equal(tiles[1], test_set.inputs[firsts, 0])
     torch.testing.assert_close(tiles[2].float(), trained.reconstruct(tiles[1].float()))
     assert "caption" in figure.axes[0].get_title()
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == digits.classes
-    tiles = picture(evaluate.draw_reconstructions(trained, digits, make_test_set(digits, "none"), ""), 2)
+    tiles = picture(pictures.draw_reconstructions(trained, digits, make_test_set(digits, "none"), ""), 2)
     torch.testing.assert_close(tiles[1].float(), trained.reconstruct(images))
 
 
 def test_prior_samples_are_decoded_draws(trained: VAE, digits: ImageData):
     state = torch.get_rng_state()
-    tiles = picture(evaluate.draw_prior_samples(trained, digits, "", seed=5), 10)
+    tiles = picture(pictures.draw_prior_samples(trained, digits, "", seed=5), 10)
     assert torch.equal(torch.get_rng_state(), state)
     z = torch.randn(100, 2, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(tiles.reshape(100, 784), trained.decode(z))
 
 
 def test_interpolations_start_and_end_at_the_images(trained: VAE, digits: ImageData):
-    figure = evaluate.draw_interpolations(trained, digits, make_test_set(digits, "threshold"), "")
+    figure = pictures.draw_interpolations(trained, digits, make_test_set(digits, "threshold"), "")
     tiles, lasts = picture(figure, 5), digits.test_images[of_each_class(digits, -1)].flatten(1) / 255
     torch.testing.assert_close(tiles[:, 0].flatten(1), trained.reconstruct(lasts[:5]))
     torch.testing.assert_close(tiles[:, -1].flatten(1), trained.reconstruct(lasts[5:]))
@@ -237,7 +239,7 @@ class Shaded(VAE):
 
 def test_walks_change_labels_in_the_middle(digits: ImageData):
     model, test_set = Shaded(784, 4, 2), make_test_set(digits, "dynamic")
-    walks = picture(evaluate.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
+    walks = picture(pictures.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
     start, end = (torch.arange(5) / 10).clamp(1e-4), torch.arange(5, 10) / 10
     torch.testing.assert_close(walks, torch.stack([start] * 5 + [end] * 6, 1))
 
@@ -245,7 +247,7 @@ def test_walks_change_labels_in_the_middle(digits: ImageData):
 def test_samples_of_few_classes_have_labels_that_exist(digits: ImageData):
     labels = {f"{part}_labels": getattr(digits, f"{part}_labels") % 3 for part in ("train", "test")}
     three = replace(digits, classes=["a", "b", "c"], **labels)
-    shades = picture(evaluate.draw_prior_samples(Shaded(784, 4, 2), three, ""), 10).mean((1, 2, 3))
+    shades = picture(pictures.draw_prior_samples(Shaded(784, 4, 2), three, ""), 10).mean((1, 2, 3))
     torch.testing.assert_close(shades, (torch.arange(10) % 3 / 10).clamp(1e-4))
 
 
@@ -262,18 +264,18 @@ def test_a_run_is_evaluated_with_its_labels(digits: ImageData, tmp_path: Path, m
 def test_one_gray_target_is_enough_to_be_no_likelihood():
     targets = torch.zeros(3, 4)
     model, labels = VAE(4, 2, 1), torch.zeros(3, dtype=torch.int64)
-    assert evaluate.is_likelihood(model, Examples(targets, targets, labels))
+    assert measure.is_likelihood(model, Examples(targets, targets, labels))
     targets[2, 3] = 0.5
-    assert not evaluate.is_likelihood(model, Examples(targets, targets, labels))
+    assert not measure.is_likelihood(model, Examples(targets, targets, labels))
 
 
 def test_labels_reach_the_pictures_and_the_metrics(digits: ImageData):
     model, test_set = Shaded(784, 4, 2), make_test_set(digits, "dynamic")
-    samples = picture(evaluate.draw_prior_samples(model, digits, ""), 10).mean((2, 3))
+    samples = picture(pictures.draw_prior_samples(model, digits, ""), 10).mean((2, 3))
     torch.testing.assert_close(samples, (torch.arange(10) / 10).clamp(1e-4)[:, None].expand(10, 10))
-    shown = picture(evaluate.draw_reconstructions(model, digits, test_set, ""), 3)[2].mean((1, 2))
+    shown = picture(pictures.draw_reconstructions(model, digits, test_set, ""), 3)[2].mean((1, 2))
     torch.testing.assert_close(shown, (torch.arange(10) / 10).clamp(1e-4))
-    walks = picture(evaluate.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
+    walks = picture(pictures.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
     torch.testing.assert_close(walks[:, -1] - walks[:, 0], torch.full((5,), 0.5), atol=1e-3, rtol=0)
     metrics = evaluate.evaluate(model, digits.test_images, nll_samples=2, labels=digits.test_labels)
     p = (digits.test_labels / 10).clamp(1e-4)[:, None]
@@ -283,15 +285,15 @@ def test_labels_reach_the_pictures_and_the_metrics(digits: ImageData):
 
 def test_colour_is_drawn_in_colour():
     images = torch.rand(6, 3, 4, 5)
-    picture = evaluate.tile(images, 2, (3, 4, 5))
+    picture = pictures.tile(images, 2, (3, 4, 5))
     assert picture.shape == (8, 15, 3)
     assert torch.equal(picture[4:, 5:10], images[4].permute(1, 2, 0))
-    shown = evaluate.draw_tiles(images, 2, (3, 4, 5), "").axes[0].images[0].get_array()
+    shown = pictures.draw_tiles(images, 2, (3, 4, 5), "").axes[0].images[0].get_array()
     torch.testing.assert_close(torch.tensor(shown), picture)
 
 
 def test_manifold_is_the_priors_quantiles(trained: VAE, digits: ImageData):
-    figure = evaluate.draw_manifold(trained, digits, "", steps=4)
+    figure = pictures.draw_manifold(trained, digits, "", steps=4)
     tiles = picture(figure, 4)
     quantile = Normal(0.0, 1.0).icdf
     for row, column in ((0, 0), (3, 1), (2, 3)):
@@ -307,7 +309,7 @@ def test_latent_usage_sorts_the_kl(digits: ImageData):
     vae.latent_z.mu.weight.data *= 10
     vae.latent_z.mu.weight.data[3] = 0
     test_set = make_test_set(digits, "none")
-    figure = evaluate.draw_latent_usage(vae, test_set, "")
+    figure = pictures.draw_latent_usage(vae, test_set, "")
     heights = [bar.get_height() for bars in figure.axes[0].containers for bar in bars]
     logvar, mu = vae.encode(test_set.inputs)[1:]
     kl = torch.distributions.kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).mean(0)
@@ -320,7 +322,7 @@ def test_latent_usage_sorts_the_kl(digits: ImageData):
 @pytest.mark.parametrize("latent_size", [1, 2, 5])
 def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageData):
     vae, digits = VAE(784, 32, latent_size), replace(digits, classes=["_", "_1", *digits.classes[2:]])
-    axes = evaluate.draw_latent_space(vae, digits, make_test_set(digits, "none"), "").axes[0]
+    axes = pictures.draw_latent_space(vae, digits, make_test_set(digits, "none"), "").axes[0]
     points = torch.tensor(axes.collections[0].get_offsets().data).float()
     mu = vae.encode(digits.test_images / 255)[2].detach()
     if latent_size == 2:

@@ -10,7 +10,7 @@ import torch
 from nbclient import NotebookClient
 
 import data
-import evaluate
+import measure
 from data import ImageData
 from tests.conftest import thinned
 
@@ -67,6 +67,6 @@ def test_starts_from_trained_weights(name: str, digits: ImageData, monkeypatch: 
     for source in code[: last + 1]:
         source = source.replace("%matplotlib inline", "").replace("pretrained = False", "pretrained = True")
         exec(source, namespace)
-    reconstruction, _ = evaluate.elbo_terms(namespace["vae"], evaluate.make_test_set(digits, "dynamic"))
+    reconstruction, _ = measure.elbo_terms(namespace["vae"], measure.make_test_set(digits, "dynamic"))
     assert reconstruction.mean() < 150
     assert "history" not in namespace

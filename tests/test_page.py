@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import evaluate
+import pictures
 import train
 import utils
 from assets.page import BROWSER, Browser, open_browser
 from data import ImageData, load_dataset
 from docs import make
-from evaluate import tile
 from experiments.conditional import ConditionalVAE
 from experiments.vampprior import VampVAE
 from model import VAE, DiagonalNormal, kl_by_latent
+from pictures import tile
 from tests.conftest import thinned
 from utils import UserError
 
@@ -563,5 +564,5 @@ def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_pat
     content = make.explore(run / "checkpoint.pt", "data")
     held = load_dataset(str(few_digits), hold_out=60)
     labels = json.loads(re.search(r'"labels":(\[[\d,]*\])', content)[1])
-    assert labels == [int(held.test_labels[i]) for i in evaluate.in_turn(held.test_labels.tolist(), 2000)]
+    assert labels == [int(held.test_labels[i]) for i in pictures.in_turn(held.test_labels.tolist(), 2000)]
     assert "60 held-out training images" in content

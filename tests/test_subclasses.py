@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Laplace
 
 import evaluate
+import measure
+import pictures
 import train
 import utils
 from data import ImageData
@@ -96,7 +98,7 @@ def test_two_processes_train_as_one(small: ImageData, tmp_path: Path, monkeypatc
         assert losses == pytest.approx(expected, rel=0.05, abs=0.5)  # from other noise
 
 
-def integral(model: VAE, test_set: evaluate.Examples) -> Tensor:
+def integral(model: VAE, test_set: measure.Examples) -> Tensor:
     """-log p(x) of each image, summed over a grid of both latents: (N,)."""
     model, step = copy.deepcopy(model).double().eval(), 0.08
     axis = torch.arange(-7, 7, step, dtype=torch.float64)
@@ -121,7 +123,7 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     few = ImageData("few", small.classes, images, labels, images, labels)
-    exact = integral(model, evaluate.make_test_set(few, binarize))
+    exact = integral(model, measure.make_test_set(few, binarize))
     assert metrics["nll"] == pytest.approx(exact.mean().item(), abs=0.1)
     assert metrics["neg_elbo"] > metrics["nll"]
     assert (metrics["kl_per_latent"] is None) == (kind in WITHOUT_CLOSED_FORM)
@@ -132,8 +134,8 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
 @kinds
 def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path):
     model, run = fit(kind, small, tmp_path, 1)
-    test_set = evaluate.make_test_set(small, "none" if kind in IN_GRAY else "dynamic")
-    names = {name for name, _ in evaluate.draw_all(model, small, test_set, "caption")}
+    test_set = measure.make_test_set(small, "none" if kind in IN_GRAY else "dynamic")
+    names = {name for name, _ in pictures.draw_all(model, small, test_set, "caption")}
     expected = {"reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png", "manifold.png"}
     expected |= {"traversals.png"}
     assert names == expected | (set() if kind in WITHOUT_CLOSED_FORM else {"latent_usage.png"})

@@ -245,9 +245,9 @@ def test_denormals_are_flushed(tmp_path: Path):
 def test_what_is_tested_is_what_is_kept(tmp_path: Path):
     """The last row's test loss is that of the saved model, not of the weights that Adam left."""
     model, history, _ = train.train(**SMALL, epochs=3, lr=1e-2, out_dir=str(tmp_path))
-    test_set = train.evaluate.make_test_set(train.load_dataset(), "dynamic")
+    test_set = train.measure.make_test_set(train.load_dataset(), "dynamic")
     with train.matmul_precision("medium", "cpu"):
-        reconstruction, kl = train.evaluate.elbo_terms(model, test_set)
+        reconstruction, kl = train.measure.elbo_terms(model, test_set)
     assert history[-1]["test_kl"] == pytest.approx(kl.mean().item())
     assert history[-1]["test_reconstruction"] == pytest.approx(reconstruction.mean().item(), rel=0.02)  # other draws
 
@@ -425,7 +425,7 @@ def test_pictures_at_powers_of_two_and_the_end(tmp_path: Path, monkeypatch: pyte
 def test_curves_show_the_history(epochs: int):
     columns = ("train_loss", "test_loss", "test_reconstruction", "test_kl")
     history = [{"epoch": e} | {name: 100 * i + e for i, name in enumerate(columns)} for e in range(1, epochs + 1)]
-    figure = train.evaluate.draw_curves(history, "caption")
+    figure = train.pictures.draw_curves(history, "caption")
     lines = [line for axes in figure.axes for line in axes.lines]
     for line, name in zip(lines, columns, strict=True):
         assert list(line.get_xdata()) == list(range(1, epochs + 1))

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 
 import evaluate
+import measure
+import pictures
 import train
 import utils
 from benchmarks import outliers
 from data import ImageData
-from evaluate import make_test_set, sample_images
+from evaluate import sample_images
 from experiments import conditional, vampprior
+from measure import make_test_set
 from model import VAE, DiagonalNormal
 from tests.conftest import thinned
 
@@ -107,7 +110,7 @@ def test_drawn_pixels_have_the_means_that_are_shown():
 def test_traversals_move_one_latent_at_a_time():
     model, z = VAE(49, 16, 3).requires_grad_(False), torch.randn(1, 3)
     model.prior = lambda y: DiagonalNormal(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, -2.0]))
-    images = evaluate.decode_traversals(model, z, [2, 0], torch.tensor([-3.0, 0.0, 1.0]), torch.zeros(1).long())
+    images = pictures.decode_traversals(model, z, [2, 0], torch.tensor([-3.0, 0.0, 1.0]), torch.zeros(1).long())
     for i, (latent, value) in enumerate([(2, 3 - 3 / torch.e), (2, 3), (2, 3 + 1 / torch.e), (0, -2), (0, 1), (0, 2)]):
         moved = z.clone()
         moved[0, latent] = value
@@ -125,7 +128,7 @@ def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Pat
     monkeypatch.setattr(
         evaluate, "draw_tiles", lambda images, rows, shape, title, *labels: drawn.append((images, labels))
     )
-    evaluate.draw_least_likely(model, strange, make_test_set(strange, "dynamic"), nll, "")
+    pictures.draw_least_likely(model, strange, make_test_set(strange, "dynamic"), nll, "")
     tiles, (_, columns) = drawn[0]
     assert torch.equal(tiles[0], make_test_set(strange, "dynamic").inputs[7])
     assert columns == [f"{value:,.0f}" for value in sorted(nll, reverse=True)[:10]]
@@ -135,7 +138,7 @@ def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypa
     for options in ({}, {"lr": 0.003}, {"lr": 0.003, "seed": 1}):
         train.train("mnist-5k", **QUICK | options, out_dir=tmp_path)
     runs, figures = sorted(tmp_path.iterdir()), []
-    save = evaluate.save_figure
+    save = pictures.save_figure
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
     call("--compare", *runs, "--out-dir", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "compared.png").stat().st_size > 10_000
@@ -217,8 +220,8 @@ def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, ca
 def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
     model = VAE(784, 16, 3)
     arguments = model, few.test_images, few.test_labels, "dynamic", 3
-    whole, parts = evaluate.encode_images(*arguments), evaluate.encode_images(*arguments, batch_size=20)
+    whole, parts = measure.encode_images(*arguments), measure.encode_images(*arguments, batch_size=20)
     assert whole.keys() == parts.keys() == {"mu", "logvar", "neg_elbo", "nll"}
     torch.testing.assert_close(parts["mu"], whole["mu"], atol=1e-5, rtol=1e-4)
-    gray = evaluate.encode_images(model, few.test_images, few.test_labels, "none", 3)
+    gray = measure.encode_images(model, few.test_images, few.test_labels, "none", 3)
     assert gray.keys() == {"mu", "logvar", "neg_elbo"}

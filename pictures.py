@@ -1,0 +1,315 @@
+"""Pictures of what a VAE learned.
+
+Every draw_ function returns a matplotlib figure, which a notebook shows and save_figure writes.
+"""
+
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+import utils
+from data import ImageData
+from measure import Examples, in_eval_mode, is_active, posterior_means
+from model import VAE, DiagonalNormal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported where it is used: it takes a third of a second
+
+BLUE, ORANGE, GRAY = "#3f90da", "#ffa90e", "#94a4a2"
+TERMS = ("test_reconstruction", "test_kl")  # of test_loss, in metrics.csv
+
+
+@in_eval_mode
+def draw_reconstructions(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
+    """Ten test images, of as many different classes as possible, with the encoder's input and the reconstructions."""
+    chosen = in_turn(dataset.test_labels.tolist(), 10)
+    inputs, y = test_set.inputs[chosen], test_set.labels[chosen]
+    images = dataset.test_images[chosen].to(inputs.device) / 255
+    rows = {"image": images, "input": inputs, "reconstruction": model.reconstruct(inputs, y)}
+    if torch.equal(inputs, images):
+        del rows["input"]
+    columns = [dataset.classes[label] for label in y] if len(dataset.classes) > 1 else None
+    title = f"Reconstructions of test images\n{caption}"
+    return draw_tiles(torch.cat(list(rows.values())), len(rows), dataset.shape, title, list(rows), columns)
+
+
+@in_eval_mode
+def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int = 0) -> "Figure":
+    """The decoded means of a hundred draws of the prior, the same for the same seed. Each row has one label."""
+    device = next(model.parameters()).device
+    y = torch.arange(10, device=device).repeat_interleave(10) % len(dataset.classes)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        images = model.sample(100, y)
+    return draw_tiles(images, 10, dataset.shape, f"Samples from the prior\n{caption}")
+
+
+@in_eval_mode
+def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
+    """Straight walks in latent space between test images' posterior means, of different classes if there are any."""
+    ends = in_turn(dataset.test_labels.tolist(), 10, backwards=True)
+    half, shares = len(ends) // 2, [step / 10 for step in range(11)]
+    first, last = ends[:half], ends[-half:]
+    y1, y2 = test_set.labels[first], test_set.labels[last]
+    z1, z2 = model.posterior(test_set.inputs[first], y1).mean, model.posterior(test_set.inputs[last], y2).mean
+    z = torch.stack([torch.lerp(z1, z2, share) for share in shares], 1)  # (half, 11, latent_size)
+    y = torch.stack([y1 if share < 0.5 else y2 for share in shares], 1)
+    images = model.decode(z.flatten(0, 1), y.flatten())
+    names = [f"{dataset.classes[start]} to {dataset.classes[end]}" for start, end in zip(y1, y2, strict=True)]
+    names = names if len(dataset.classes) > 1 else None
+    title = f"Decoded walks between test images' posterior means\n{caption}"
+    figure = draw_tiles(images, half, dataset.shape, title, names, [str(share) for share in shares])
+    figure.axes[0].set_xlabel("share of the way")
+    return figure
+
+
+def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
+    """The test images' posterior means, coloured by class; above two latents, their first two principal components."""
+    means, labels = posterior_means(model, test_set)[0].float().cpu(), test_set.labels.cpu()
+    names = ["$z_1$", "$z_2$"]
+    if means.shape[1] == 1:
+        means, names = torch.cat([means, labels[:, None]], 1), ["$z_1$", "class"]
+    elif means.shape[1] > 2:
+        means = means - means.mean(0)
+        _, singular_values, directions = torch.linalg.svd(means, full_matrices=False)
+        means, shares = means @ directions[:2].T, singular_values**2 / (singular_values**2).sum()
+        names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
+    figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
+    num_classes, colors = len(dataset.classes), class_colors(len(dataset.classes))
+    axes.scatter(*means.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
+    for name, color in zip(dataset.classes[:40], colors, strict=False):  # the legend has room for as many
+        axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _
+    title = f"the first 40 of {num_classes} classes" if num_classes > 40 else None
+    ncols, fontsize = (1, 10) if num_classes <= 20 else (2, 7)
+    axes.legend(title=title, ncols=ncols, fontsize=fontsize, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set(xlabel=names[0], ylabel=names[1])
+    return figure
+
+
+def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> "Figure":
+    """The mean KL of each latent over the test images, sorted. Raises ValueError where it has no closed form."""
+    means, kl = posterior_means(model, test_set)
+    if kl is None:
+        raise ValueError("the KL has no closed form for each latent")
+    kl, order = kl.mean(0).cpu().sort(descending=True)
+    active = is_active(means).cpu()[order]
+    title = f"KL of each latent dimension, over the test images\n{caption}"
+    figure, axes = _new_figure(max(8, 0.4 * len(kl)), 6, title)
+    for name, color, chosen in (("active", BLUE, active), ("not active", GRAY, ~active)):
+        if chosen.any():
+            bars = chosen.nonzero().flatten().tolist()
+            axes.bar(bars, kl[chosen].tolist(), color=color, label=f"{name}: {len(bars)}")
+    axes.set_xticks(range(len(kl)), [str(i + 1) for i in order.tolist()], fontsize=7)
+    axes.set(xlabel="latent dimension, by its KL", ylabel="KL, nats per image", xlim=(-0.6, len(kl) - 0.4))
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_traversals(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
+    """What the ten latents of largest KL do: each row moves one of them over the prior, around one test image.
+
+    Without a KL for each latent, they are those whose posterior means vary most.
+    """
+    means, kl = posterior_means(model, test_set)
+    order = (means.var(0) if kl is None else kl.mean(0)).argsort(descending=True)[:10].tolist()
+    deviations = torch.arange(-3.0, 4.0, device=means.device)
+    images = decode_traversals(model, means[:1], order, deviations, test_set.labels[:1])
+    title = f"One latent at a time moved over the prior, around a test image\n{caption}"
+    rows, columns = [f"latent {i + 1}" for i in order], [f"{value:.0f}" for value in deviations.tolist()]
+    figure = draw_tiles(images, len(order), dataset.shape, title, rows, columns)
+    figure.axes[0].set_xlabel("standard deviations of the prior")
+    return figure
+
+
+@in_eval_mode
+def decode_traversals(model: VAE, z: Tensor, latents: list[int], deviations: Tensor, y: Tensor) -> Tensor:
+    """Decodes z (1, latent_size) with each of the latents in turn at each of the prior's deviations, row by row."""
+    values = _prior_quantiles(model.prior(y), torch.special.ndtr(deviations))
+    z = z.repeat(len(latents), len(deviations), 1)
+    for row, latent in enumerate(latents):
+        z[row, :, latent] = values[:, latent]
+    return model.decode(z.flatten(0, 1), y.expand(z[..., 0].numel()))
+
+
+@in_eval_mode
+def draw_least_likely(model: VAE, dataset: ImageData, test_set: Examples, nll: list[float], caption: str) -> "Figure":
+    """The ten test images of largest nll (N), in nats, with their reconstructions."""
+    chosen = sorted(range(len(nll)), key=nll.__getitem__, reverse=True)[:10]
+    inputs, y = test_set.inputs[chosen], test_set.labels[chosen]
+    images = torch.cat([inputs, model.reconstruct(inputs, y)])
+    title = f"The least likely test images, and their nll in nats\n{caption}"
+    return draw_tiles(images, 2, dataset.shape, title, ["image", "reconstruction"], [f"{nll[i]:,.0f}" for i in chosen])
+
+
+def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20) -> "Figure":
+    """A two-dimensional latent space decoded at equal quantiles of the prior (Kingma & Welling 2014, figure 4)."""
+    images, (x, y) = decode_manifold(model, steps)
+    rows, columns = ([f"{value:.1f}" for value in values] for values in (y, x))
+    title = f"Images decoded at equal quantiles of the prior\n{caption}"
+    figure = draw_tiles(images, steps, dataset.shape, title, rows, columns)
+    figure.axes[0].set(xlabel="$z_1$", ylabel="$z_2$")
+    return figure
+
+
+@in_eval_mode
+def decode_manifold(model: VAE, steps: int) -> tuple[Tensor, tuple[list[float], list[float]]]:
+    """The tiles of draw_manifold (steps * steps, D), row by row, and the z_1 of each column and z_2 of each row."""
+    label = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)  # the first label
+    shares = (torch.arange(steps, device=label.device) + 0.5) / steps
+    x, y = _prior_quantiles(model.prior(label), shares).T
+    z = torch.cartesian_prod(y.flip(0), x).flip(1)
+    return model.decode(z, label.expand(len(z))), (x.tolist(), y.flip(0).tolist())
+
+
+def _prior_quantiles(p: Distribution, shares: Tensor) -> Tensor:
+    """The quantiles of each latent: shares (steps,) in (0, 1) -> (steps, latent_size)."""
+    if isinstance(p, DiagonalNormal):
+        return p.mu.flatten() + torch.exp(0.5 * p.logvar.flatten()) * torch.special.ndtri(shares)[:, None]
+    return torch.quantile(p.sample((10_000,)).flatten(0, -2), shares, dim=0)  # no formula, so of 10,000 draws
+
+
+def draw_curves(history: list[dict[str, float]], caption: str) -> "Figure":
+    """Training and test loss over the epochs, and the test loss's two terms, from the rows of metrics.csv."""
+    figure, (left, *others) = _new_panels(f"Training curves: {caption}", len(history))
+    _plot_column(left, history, "train_loss", ORANGE, "training set, as it was learned")
+    _plot_column(left, history, "test_loss", BLUE, "test set, after the epoch")
+    for axes, column in zip(others, TERMS, strict=True):
+        _plot_column(axes, history, column, BLUE, "test set")
+    for axes in (left, *others):
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_comparison(histories: dict[str, list[dict[str, float]]]) -> "Figure":
+    """The test loss and its two terms over the epochs, of several runs by their names."""
+    figure, panels = _new_panels("Test set, after each epoch", max(map(len, histories.values())))
+    for (name, history), color in zip(histories.items(), class_colors(len(histories)), strict=True):
+        for axes, column in zip(panels, ("test_loss", *TERMS), strict=True):
+            _plot_column(axes, history, column, color, name)
+    figure.set_figheight(3 + 0.2 * len(histories))
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center")
+    return figure
+
+
+def _plot_column(axes: Any, history: list[dict[str, float]], column: str, color: Any, label: str) -> None:
+    epochs, values = zip(*((row["epoch"], row[column]) for row in history), strict=True)
+    axes.plot(epochs, values, marker=".", color=color, label=verbatim(label))
+
+
+def _new_panels(title: str, epochs: int) -> tuple["Figure", list[Any]]:
+    """A figure with axes for the loss and its two terms."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure.suptitle(verbatim(title), fontsize=10)
+    panels = figure.subplots(1, 3).tolist()
+    for axes, name in zip(panels, ("loss", "reconstruction", "KL"), strict=True):
+        axes.set(title=name, xlabel="epoch", ylabel="nats per image")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+        if epochs > 10:  # most happens in the first epochs
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.xaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
+    return figure, panels
+
+
+def draw_tiles(
+    images: Tensor,
+    rows: int,
+    shape: tuple[int, int, int],
+    title: str,
+    row_labels: list[str] | None = None,
+    column_labels: list[str] | None = None,
+) -> "Figure":
+    """(rows * columns, ...) images in [0, 1] of shape (C, H, W) as one picture, row by row."""
+    _, height, width = shape
+    figure, axes = _new_figure(len(images) // rows, rows, title)
+    axes.imshow(tile(images, rows, shape).numpy(), cmap="gray", vmin=0, vmax=1)
+    for set_ticks, labels, size in ((axes.set_yticks, row_labels, height), (axes.set_xticks, column_labels, width)):
+        labels = [verbatim(label) for label in labels or []]
+        set_ticks([(i + 0.5) * size for i in range(len(labels))], labels, fontsize=8)
+    axes.tick_params(length=0)
+    return figure
+
+
+def tile(images: Tensor, rows: int, shape: tuple[int, int, int] = (1, 28, 28)) -> Tensor:
+    """(rows * columns, ...) images as one, row by row, on the CPU: (rows * H, columns * W), with (..., 3) in colour."""
+    channels, height, width = shape
+    tiles = images.detach().float().cpu().view(rows, -1, channels, height, width)
+    picture = tiles.permute(0, 3, 1, 4, 2).reshape(rows * height, -1, channels)
+    return picture[..., 0] if channels == 1 else picture
+
+
+def verbatim(text: str) -> str:
+    """Text that matplotlib shows as it is, without formulas."""
+    return text.replace("$", r"\$")
+
+
+def class_colors(num_classes: int) -> list[Any]:
+    """A colour for each class; up to ten can be told apart by the colour-blind too (arXiv 2107.02270)."""
+    from matplotlib import color_sequences, colormaps
+
+    if num_classes <= 10:
+        return list(color_sequences["petroff10"])[:num_classes]
+    return list(colormaps["turbo"](torch.linspace(0, 1, num_classes).tolist()))
+
+
+def in_turn(labels: list[int], count: int, backwards: bool = False) -> list[int]:
+    """The first `count` indices in the order: first (or last) image of each class, second of each, and so on."""
+    order = range(len(labels))[:: -1 if backwards else 1]
+    by_class = ([i for i in order if labels[i] == label] for label in sorted(set(labels)))
+    return [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None][:count]
+
+
+def describe(dataset: ImageData, binarization: str, model: VAE, epoch: int | None) -> str:
+    """The pictures' caption: what was trained on what, and what it was tested on if not the test set."""
+    what = "" if type(model) is VAE else f"{type(model).__name__}, "
+    after = "" if epoch is None else f", epoch {epoch}"
+    held_out = f", tested on {dataset.num_held_out:,} held-out training images" if dataset.num_held_out else ""
+    is_logistic = model.config["likelihood"] == "logistic"
+    pixels = "logistic likelihood" if is_logistic else f"binarize {binarization}"
+    return f"{what}{dataset.name}, {pixels}, latent size {model.config['latent_size']}{after}{held_out}"
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes a figure as PNG, atomically. Raises OSError."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    utils.write_atomically(path, buffer.getvalue())
+
+
+def draw_all(
+    model: VAE, dataset: ImageData, test_set: Examples, caption: str, nll: list[float] | None = None
+) -> Iterator[tuple[str, "Figure"]]:
+    """The file name and figure of each picture that applies to this model. nll (N) is in nats."""
+    means, kl = posterior_means(model, Examples(*(part[:2] for part in test_set)))
+    yield "reconstructions.png", draw_reconstructions(model, dataset, test_set, caption)
+    yield "prior_samples.png", draw_prior_samples(model, dataset, caption)
+    yield "interpolations.png", draw_interpolations(model, dataset, test_set, caption)
+    yield "latent_space.png", draw_latent_space(model, dataset, test_set, caption)
+    yield "traversals.png", draw_traversals(model, dataset, test_set, caption)
+    if nll is not None:
+        yield "least_likely.png", draw_least_likely(model, dataset, test_set, nll, caption)
+    if kl is not None:
+        yield "latent_usage.png", draw_latent_usage(model, test_set, caption)
+    if means.shape[1] == 2:
+        yield "manifold.png", draw_manifold(model, dataset, caption)
+
+
+def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure  # not pyplot, which needs a backend
+
+    width = max(5, 0.5 * columns + 1.6)  # wide enough for the title
+    figure = Figure(figsize=(width, 0.5 * rows + 1), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(verbatim(title), fontsize=10)
+    return figure, axes
