@@ -1,11 +1,13 @@
 """Data sets as tensors of bytes, and their binarization."""
 
 import contextlib
+import difflib
 import functools
 import os
 import re
 import socket
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -49,6 +51,8 @@ class ImageData:
     num_held_out: int = 0  # if not 0, the test images are training images that hold_out put aside
 
     def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.name, *self.classes)):
+            raise UserError("the names of a data set and of its classes must be strings")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             check_bytes(images, f"the {part} images of {self.name}")
@@ -58,6 +62,8 @@ class ImageData:
             if images.dim() != 4 or len(images) < 2 or images.numel() == 0:
                 shape = tuple(images.shape)
                 raise UserError(f"the {part} images of {self.name} must be (N, C, H, W) with N > 1, not {shape}")
+            if images.shape[1] not in (1, 3):
+                raise UserError(f"the {part} images of {self.name} must have 1 or 3 channels, not {images.shape[1]}")
             fits = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
             if not (fits and 0 <= labels.min() <= labels.max() < len(self.classes)):
                 raise UserError(f"the {part} labels of {self.name} must be (N,) int64 in [0, {len(self.classes) - 1}]")
@@ -187,7 +193,7 @@ def _load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageDat
     for train in (True, bool(hold_out)):  # with hold_out, the training images stand in the test set's place
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
         try:
-            part = _read_or_download(functools.partial(kind, str(data_dir), **which), name, data_dir)
+            part = _read_or_download(functools.partial(kind, **which), name, data_dir)
             images, classes = channels_first(torch.as_tensor(part.data)), getattr(part, "classes", list("0123456789"))
             labels = torch.as_tensor(part.labels if name == "svhn" else part.targets)
             if images is None or images.shape != (len(labels), *shape) or not 0 <= labels.max() < len(classes):
@@ -205,16 +211,26 @@ def _load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageDat
 
 
 def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -> Any:
-    """Downloads only if files are missing, so that damaged files are reported as such."""
+    """Downloads only if files are missing, so that damaged files are reported as such.
+
+    Downloads into a folder of its own and then moves the whole files, so several commands can start at once.
+    """
     try:
-        return construct()
+        return construct(str(data_dir))
     except RuntimeError as error:
         if "not found" not in str(error):
             raise
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets none and would wait forever behind some firewalls
     try:
-        return construct(download=True)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+            construct(folder, download=True)
+            for file in [path for path in Path(folder).rglob("*") if path.is_file()]:
+                whole = data_dir / file.relative_to(folder)
+                whole.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, whole)
+        return construct(str(data_dir))
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of the last mirror
         message = f"the folder {data_dir} has no intact copy of {name}, and the download failed ({reason})"
@@ -244,8 +260,9 @@ def read_pictures(path: Path, image_size: int, channels: int | None = None) -> P
         pictures = _read_npz(path)
     else:
         what = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
-        choices = f"{', '.join(DATASETS)}, a folder of images or an .npz file"
-        raise UserError(f"--dataset {path} {what}: choose from {choices}")
+        near = difflib.get_close_matches(str(path).lower(), DATASETS, 1)
+        choices = f"choose from {', '.join(DATASETS)}, a folder of images or an .npz file"
+        raise UserError(f"--dataset {path} {what}: {f'did you mean {near[0]}?' if near else choices}")
     return pictures._replace(images=to_channels(pictures.images, channels))
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
-import evaluate
 import measure
 import utils
 from benchmarks import ais

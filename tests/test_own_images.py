@@ -90,6 +90,7 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     assert metrics["dataset"] == "my shapes"
     assert metrics["num_images"] == len(load_dataset(str(folder)).test_images)
     drawn = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage", "manifold"}
+    drawn |= {"traversals", "least_likely"}
     assert pictures(made) == drawn
 
     monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)  # it takes most of the time
@@ -167,7 +168,7 @@ def test_names_with_signs_of_formulas(tmp_path: Path, monkeypatch: pytest.Monkey
         draw_picture(i % 2, 200, (30, 30)).save(path)
     run(monkeypatch, train.main, "--dataset", root, *SMALL, "--latent-size=3", "--out-dir", tmp_path / "runs")
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
-    assert len(pictures(tmp_path / "runs" / "001-a$b-z3")) == 6
+    assert len(pictures(tmp_path / "runs" / "001-a$b-z3")) == 8
 
 
 def test_pictures_are_square_and_upright_in_their_colours(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -468,7 +469,7 @@ def test_an_npz_file(labels: np.ndarray | None, tmp_path: Path, monkeypatch: pyt
     args = [*SMALL, f"--latent-size={latent_size}", "--out-dir", tmp_path / "runs"]
     run(monkeypatch, train.main, "--dataset", tmp_path / "mine.npz", *args)
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
-    assert len(pictures(tmp_path / "runs" / f"001-mine-z{latent_size}")) == 9 - latent_size
+    assert len(pictures(tmp_path / "runs" / f"001-mine-z{latent_size}")) == 11 - latent_size
 
 
 @pytest.mark.parametrize(
