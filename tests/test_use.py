@@ -126,7 +126,7 @@ def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Pat
     assert max(nll) == nll[7]
     drawn = []
     monkeypatch.setattr(
-        evaluate, "draw_tiles", lambda images, rows, shape, title, *labels: drawn.append((images, labels))
+        pictures, "draw_tiles", lambda images, rows, shape, title, *labels: drawn.append((images, labels))
     )
     pictures.draw_least_likely(model, strange, make_test_set(strange, "dynamic"), nll, "")
     tiles, (_, columns) = drawn[0]
