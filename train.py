@@ -80,6 +80,7 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     add("--dataset", type=text, default="auto", help=f"{names}; {auto}")
     add("--image-size", type=count, help="width and height of a folder's pictures (default: 28)")
     add("--grayscale", action=BooleanOptionalAction, default=False, help="convert images to gray")
+    add("--mirror", action=BooleanOptionalAction, default=False, help="train on each image and its mirror image")
     add("--binarize", choices=BINARIZE, help=f"{modes} (default: {by_data})")
     add("--hold-out", type=whole, default=0, help="test on the last N training images, to choose settings")
     add("--data-dir", type=text, default="data", help="where data sets are read from and downloaded to")
@@ -266,6 +267,8 @@ def fit(
     if rank == 0:
         print(start_line(dataset, average, options, run, len(history)))
     images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+    if options.mirror:
+        images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
     test_set = measure.make_test_set(dataset, options.binarize, device)
     average = average.to(device).eval()
     model = copy.deepcopy(average) if options.average else average
@@ -496,7 +499,8 @@ def complete(options: Namespace, dataset: ImageData, model: VAE) -> None:
     device, (_, ranks) = utils.choose_device(options.device), rank_and_ranks()
     options.epochs = options.epochs or (150 if dataset.name == "mnist-5k" else 20)
     if options.compile is None:
-        steps = options.epochs * math.ceil(len(dataset.train_images) / options.batch_size)
+        num_images = len(dataset.train_images) * (2 if options.mirror else 1)
+        steps = options.epochs * math.ceil(num_images / options.batch_size)
         options.compile = is_worth_compiling(device, ranks, steps)
     options.precision = options.precision or choose_precision(device, options.batch_size)
     vars(options).update({name: model.config[name] for name in SIZES if name in model.config})

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,19 @@ def test_the_logistic_learns_in_any_precision(precision: str, colours: ImageData
     assert bits[0] > 7
     assert bits[1] < 6.5  # uniform noise has 8
     assert (model.log_scale < -2.05).all()  # where it started: the scales are learned
+
+
+def test_mirrored_images_are_trained_on_too(colours: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An epoch with --mirror is one on the images and their mirror images."""
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    options = {"epochs": 2, "hidden_size": 8, "latent_size": 2, "out_dir": tmp_path, "device": "cpu"}
+    images = torch.randint(0, 256, colours.train_images.shape, dtype=torch.uint8)  # which are not their mirror images
+    colours = replace(colours, train_images=images)
+    _, _, mirrored = train.train(colours, **options, mirror=True)
+    both = torch.cat([colours.train_images, colours.train_images.flip(3)])
+    labels = torch.cat([colours.train_labels] * 2)
+    twice = ImageData("twice", colours.classes, both, labels, colours.test_images, colours.test_labels)
+    _, _, plain = train.train(twice, **options)
+    weights, expected = (utils.load_checkpoint(run)[0].state_dict() for run in (mirrored, plain))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    train.resume(mirrored, dataset=colours, epochs=3)  # its own images, without the copies

@@ -657,6 +657,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "data_dir": str(tmp_path / "data"),
         "image_size": None,
         "grayscale": True,
+        "mirror": True,
         "hold_out": 100,
         "epochs": 1,
         "batch_size": 300,
@@ -688,9 +689,9 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     args = [
         f"{utils.flag(name)}={value}"
         for name, value in given.items()
-        if name not in ("average", "compile", "grayscale", "image_size")
+        if name not in ("average", "compile", "grayscale", "mirror", "image_size")
     ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile", "--grayscale"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile", "--grayscale", "--mirror"])
     train.main()
     run = tmp_path / "runs" / "001-mnist-5k-z2"
     assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
@@ -719,6 +720,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         {"init": "burda2016"},
         {"binarize": "none"},
         {"likelihood": "logistic"},
+        {"mirror": True},
         {"binarize": "threshold"},
         {"adam_eps": 1.0},
         {"clip_grad_norm": 500.0},
