@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm import tqdm
 
 from data import ImageData, binarize, binarize_test_set, check_bytes
 from model import VAE, kl_by_latent
-from step import choose_precision, matmul_precision
+from step import Program, choose_precision, is_worth_compiling, matmul_precision
 from utils import UserError
 
 NLL_SAMPLES = 100
+SAMPLES = 10  # at once: so few that a batch's logits stay in a CPU's cache
 
 
 class Examples(NamedTuple):
@@ -80,13 +82,24 @@ def estimate_nll(
     torch.manual_seed(seed)
     device, nll = test_set.inputs.device, []
     batches = list(zip(*(part.split(batch_size) for part in test_set), strict=True))
-    with matmul_precision(choose_precision(device, 10 * batch_size), device):
+
+    def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
+        """The log of the sum of SAMPLES importance weights: (B,)."""
+        return model.log_importance_weights(q, p, targets, SAMPLES, y).logsumexp(0)
+
+    program = None
+    if is_worth_compiling(device, 1, len(batches) * num_samples // SAMPLES):
+        program = Program(weigh, "nll cannot be compiled; it takes longer, with the same result")
+    with matmul_precision(choose_precision(device, SAMPLES * batch_size), device):
         for inputs, targets, y in tqdm(batches, desc="nll", unit=" batches", leave=False, disable=None):
             q, p = model.posterior(inputs, y), model.prior(y)
-            total = torch.tensor(-math.inf, device=device)
-            for start in range(0, num_samples, 10):  # so few that a batch's logits stay in a CPU's cache
-                log_weights = model.log_importance_weights(q, p, targets, min(10, num_samples - start), y)
-                total = torch.logaddexp(total, log_weights.logsumexp(0))  # the log of the sum of all weights so far
+            total = torch.tensor(-math.inf, device=device)  # the log of the sum of all weights so far
+            for _ in range(num_samples // SAMPLES):
+                some = program(q, p, targets, y) if program and len(y) == batch_size else None
+                total = torch.logaddexp(total, weigh(q, p, targets, y) if some is None else some)
+            if left := num_samples % SAMPLES:
+                log_weights = model.log_importance_weights(q, p, targets, left, y)
+                total = torch.logaddexp(total, log_weights.logsumexp(0))
             nll.append(math.log(num_samples) - total)
     return torch.cat(nll)
 

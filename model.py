@@ -67,6 +67,19 @@ class DiagonalNormal(Distribution):
         return -0.5 * (eps**2 + self.logvar + math.log(2 * math.pi)).sum(-1)
 
 
+class BernoulliPixels(Bernoulli):
+    """Bernoulli from torch.distributions, for logits (...), with a log_prob that is several times faster on a CPU."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__(logits=logits, validate_args=False)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(...) in [0, 1] -> (...): x logit - log(1 + exp(logit))."""
+        zero = torch.zeros((), device=self.logits.device)
+        # log1p would be exact below 1e-7, but it is ten times slower. maximum has the right gradient at 0
+        return x * self.logits - torch.maximum(self.logits, zero) - torch.log(1 + torch.exp(-self.logits.abs()))
+
+
 class DiscretizedLogistic(Distribution):
     """Values 0, 1/255, ..., 1, each with a logistic distribution's mass in the bin around it.
 
@@ -230,7 +243,7 @@ class VAE(nn.Module):
         in the decoder's output, with the slope of the sigmoid at 0, so that it can lie beyond 0 and 1.
         """
         logits = _at_least_float32(self.decoder.logits(z))
-        pixels: Distribution = Bernoulli(logits=logits, validate_args=False)
+        pixels: Distribution = BernoulliPixels(logits)
         if self.config["likelihood"] == "logistic":
             log_scale = self.log_scale.repeat_interleave(logits.shape[-1] // len(self.log_scale))
             pixels = DiscretizedLogistic(0.5 + 0.25 * logits, log_scale)

@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,32 @@ def is_worth_compiling(device: torch.device, ranks: int, steps: int) -> bool:
     return device.type == "cpu" and ranks == 1 and has_compiler and steps >= STEPS_WORTH_COMPILING
 
 
+class Program:
+    """A function compiled into one program, which draws the random numbers that the function would.
+
+    Once the program has failed, a line says why, and calls return None. It is compiled only once, because that takes as
+    long every time, so arguments of other shapes or kinds are a failure.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], warning: str):
+        function.__code__ = function.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
+        self.compiled = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
+        self.warning, self.is_first, self.has_failed = warning, True, False
+
+    def __call__(self, *args: Any) -> Tensor | None:
+        if self.has_failed:
+            return None
+        try:
+            result = self.compiled(*args)
+        except Exception as error:  # of many kinds, from PyTorch and from the compiler
+            self.has_failed = True
+            tqdm.write(f"warning: {self.warning} ({type(error).__name__}: {one_line(error)[:200]})", file=sys.stderr)
+            return None
+        if self.is_first:
+            self.compiled, self.is_first = torch.compiler.set_stance("fail_on_recompile")(self.compiled), False
+        return result
+
+
 class CompiledStep:
     """A training step as one program: binarization, both passes and Adam.
 
@@ -124,15 +151,11 @@ class CompiledStep:
                 adam_step(weights[name], gradients[name], state, lr, corrections, group["betas"], group["eps"])
             return neg_elbo
 
-        whole_step.__code__ = whole_step.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
-        program = torch.compile(whole_step, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        self.program: Callable[..., Tensor] | None = program
+        warning = "the step cannot be compiled; training continues uncompiled, slower but with the same results"
+        self.program = Program(whole_step, warning)
         tqdm.write("compiling the training step, which takes up to half a minute (--no-compile skips it)")
         sys.stdout.flush()
         self._try_out()
-        # Never recompile, which takes as long every time: a call that does not fit fails and goes to the eager step
-        if self.program:
-            self.program = torch.compiler.set_stance("fail_on_recompile")(program)
 
     def _try_out(self) -> None:
         """Takes one step, which compiles the program, and undoes it."""
@@ -143,24 +166,18 @@ class CompiledStep:
             tensor.copy_(value)
 
     def __call__(self, batch: Tensor, rates: Tensor) -> Tensor:
-        neg_elbo = self._try(batch, rates) if self.program and len(batch) == self.batch_size else None
+        fits = len(batch) == self.batch_size and not self.program.has_failed
+        neg_elbo = self._try(batch, rates) if fits else None
         return self.eager(batch, rates) if neg_elbo is None else neg_elbo
 
     def _try(self, batch: Tensor, rates: Tensor) -> Tensor | None:
-        """Runs the program. If it fails, says why in one line and returns None."""
+        """Runs the program. Returns None if it fails."""
         images = self.images.index_select(0, batch)
         bits = draw_bits(images.shape, images.device) if self.binarization == "dynamic" else None
         corrections = (1 - self.betas ** (self.adam[0]["step"] + 1)).float()
         y, state = self.labels.index_select(0, batch), (self.weights, self.buffers, self.adam)
-        try:
-            with torch.no_grad():
-                return self.program(*state, images, y, bits, rates, corrections)
-        except Exception as error:  # of many kinds, from PyTorch and from the compiler
-            self.program = None
-            reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-            what = "the step cannot be compiled; training continues uncompiled, slower but with the same results"
-            tqdm.write(f"warning: {what} ({reason})", file=sys.stderr)
-            return None
+        with torch.no_grad():
+            return self.program(*state, images, y, bits, rates, corrections)
 
 
 def adam_step(

@@ -289,7 +289,7 @@ def fit(
             if rank > 0:
                 continue
             # A resumed run then makes the same choice
-            options.compile = isinstance(step, CompiledStep) and step.program is not None
+            options.compile = isinstance(step, CompiledStep) and not step.program.has_failed
             save(run, average, model, optimizer, options, checksum, history)
             print(epoch_line(history[-1], options, dataset, is_likelihood), flush=True)
             if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...

@@ -132,6 +132,33 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
 
 
 @kinds
+def test_nll_compiled_is_nll(kind: type[VAE], small: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None):
+    """Long estimates are compiled: with the same draws, and without the blocks of other sizes."""
+    torch.manual_seed(1)
+    model, binarize = kind(), "none" if kind in IN_GRAY else "dynamic"
+    few = ImageData("few", small.classes, *[part[:120] for part in (small.train_images, small.train_labels)] * 2)
+    test_set = measure.make_test_set(few, binarize)
+    calls, expected = [], measure.estimate_nll(model, test_set, 25)
+    run = measure.Program.__call__
+    monkeypatch.setattr(measure, "is_worth_compiling", lambda *_: True)
+    monkeypatch.setattr(measure.Program, "__call__", lambda *args: calls.append(run(*args)) or calls[-1])
+    torch.testing.assert_close(measure.estimate_nll(model, test_set, 25), expected, rtol=1e-5, atol=1e-3)
+    assert [value.shape for value in calls] == [(50,)] * 4  # of 50 + 50 + 20 images and 10 + 10 + 5 samples
+
+
+def test_nll_that_cannot_be_compiled(small: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
+    class Deciding(SmallVAE):
+        def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+            return super().likelihood(z * (1 if z.sum().item() else 2), y)
+
+    model, test_set = Deciding(), measure.make_test_set(small, "dynamic")
+    expected = measure.estimate_nll(model, test_set, 20)
+    monkeypatch.setattr(measure, "is_worth_compiling", lambda *_: True)
+    assert torch.equal(measure.estimate_nll(model, test_set, 20), expected)
+    assert capsys.readouterr().err.count("cannot be compiled") == 1
+
+
+@kinds
 def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path):
     model, run = fit(kind, small, tmp_path, 1)
     test_set = measure.make_test_set(small, "none" if kind in IN_GRAY else "dynamic")
