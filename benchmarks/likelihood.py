@@ -1,4 +1,4 @@
-"""Trains recipes and prints a row of the README's results table for each.
+"""Trains recipes and prints a row of the results in docs/likelihoods.md for each.
 
     python benchmarks/likelihood.py original five-minutes
     python benchmarks/likelihood.py burda2016 --epochs 364 --after 40 121   # a row after each of these epochs too

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
 from evaluate import evaluate, open_test_data
 
+ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("model", "class", "options", "checksum", "epoch")
 
 
@@ -40,6 +41,9 @@ def main() -> None:
     cost = abs(after[loss] - before[loss])
     if not cost <= 0.01:
         raise utils.UserError(f"half precision moves {loss} by {cost:.4f} nats, more than 0.01: {path} is not made")
+    place = Path(options["dataset"])  # of images of one's own; not where this machine keeps the repository
+    if place.is_relative_to(ROOT):
+        options["dataset"] = place.relative_to(ROOT).as_posix()
     utils.save_checkpoint(path, {name: checkpoint[name] for name in KEPT} | {"model_state_dict": half})
     figures = ", ".join(f"{name} {after[name]:.2f}" for name in dict.fromkeys(("neg_elbo", loss)))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {figures}; half precision moves {loss} by {cost:.4f} nats")
