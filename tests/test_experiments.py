@@ -155,11 +155,22 @@ def test_is_compiled(make_model: Callable, tmp_path: Path, monkeypatch: pytest.M
     assert utils.read_checkpoint(tmp_path)["options"]["compile"], capsys.readouterr().err
 
 
-def test_evaluate_names_the_class_of_an_experiments_run(tmp_path: Path, monkeypatch, fails: Callable):
+def test_an_experiments_run_needs_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """evaluate.py and train.py --resume find the class in experiments/, and no other that a file names."""
     monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)
     call(monkeypatch, "conditional", *SMALL, "--out-dir", tmp_path, "--nll-samples=1")
-    assert "ConditionalVAE" in fails(evaluate.main, tmp_path)
-    assert "ConditionalVAE" in fails(train.main, "--resume", tmp_path / "001-mnist-5k-z2", "--epochs=2")
+    run = tmp_path / "001-mnist-5k-z2"
+    before = json.loads((run / "metrics.json").read_text())
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--nll-samples=1"])
+    evaluate.main()
+    assert json.loads((run / "metrics.json").read_text()) == before
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run), "--epochs=2"])
+    train.main()
+    checkpoint = utils.read_checkpoint(run)
+    assert checkpoint["epoch"] == 2
+    utils.save_checkpoint(run / "checkpoint.pt", checkpoint | {"class": "os.PathLike"})
+    with pytest.raises(utils.UserError, match=r"os\.PathLike"):
+        utils.load_checkpoint(run)
 
 
 @not_windows
