@@ -384,6 +384,16 @@ def test_torch_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert vae(torch.zeros(2, 784))[0].shape == (2, 784)
 
 
+def test_likelihoods_have_the_right_gradients_at_0():
+    """Where a layer that starts at zero puts all outputs."""
+    logits = torch.zeros(4, requires_grad=True)
+    log_likelihood(logits[None], torch.tensor([[0.0, 1.0, 0.0, 1.0]])).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([-0.5, 0.5, -0.5, 0.5]))
+    loc = torch.tensor([0.5 / 255, 254.5 / 255], requires_grad=True)  # at the edges of the first and last bin
+    DiscretizedLogistic(loc, torch.tensor(-2.0)).log_prob(torch.tensor([0.0, 1.0])).sum().backward()
+    torch.testing.assert_close(loc.grad, torch.tensor([-0.5, 0.5]) * math.exp(2))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The logistic likelihood
 
