@@ -1,11 +1,11 @@
-"""Other networks: a convolutional encoder and decoder, with batch normalization.
+"""Other networks: a convolutional encoder and decoder of residual blocks, for images of any height and width.
 
     python experiments/convolutional.py               # train.py's options, but for the defaults at the end of this file
     python experiments/convolutional.py --resume RUN --nll-samples 5000
 
-self.encoder and self.decoder are other modules, and nothing else changes. Images arrive flat, (B, C * H * W), and z as
-(B, latent_size) or, from importance sampling, (K, B, latent_size). The running statistics of the normalizations are
-averaged with the weights. --encoder-layers, --decoder-layers and --activation have no effect.
+Only self.encoder and self.decoder change. The encoder halves the height and width twice and ends in --hidden-size
+features. The decoder goes the other way and crops its pictures to the images' size. --encoder-layers and
+--decoder-layers count the residual blocks at each of the two resolutions.
 """
 
 import math
@@ -19,62 +19,62 @@ from torch import Tensor, nn
 
 import train
 from data import ImageData
-from model import VAE
-from utils import UserError
+from model import ACTIVATIONS, VAE, Encoder
+
+
+class Block(nn.Module):
+    """Adds two convolutions of x (B, width, rows, columns) to x (He et al. 2015, arXiv 1512.03385)."""
+
+    def __init__(self, width: int, activation: str):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, kernel_size=3, padding=1) for _ in range(2))
+        self.norm1, self.norm2 = (nn.GroupNorm(1, width) for _ in range(2))  # the same in training and in tests
+        nn.init.zeros_(self.norm2.weight)  # at first, a block adds nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.norm1(self.conv1(x)))
+        return self.activation(x + self.norm2(self.conv2(y)))
 
 
 class ConvDecoder(nn.Sequential):
-    """Doubles a picture's height and width twice: (..., latent_size) -> the pixels' logits (..., C * H * W)."""
+    """Layers that turn z (B, latent_size) into pictures (B, C, H, W), or larger ones to be cropped to that shape."""
 
-    def __init__(self, latent_size: int, hidden_size: int, width: int, shape: tuple[int, int, int]):
-        channels, rows, columns = shape[0], shape[1] // 4, shape[2] // 4
-        super().__init__(
-            nn.Linear(latent_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, 2 * width * rows * columns),
-            nn.Unflatten(1, (2 * width, rows, columns)),
-            nn.BatchNorm2d(2 * width),
-            nn.SiLU(),
-            nn.ConvTranspose2d(2 * width, width, kernel_size=4, stride=2, padding=1),
-            nn.BatchNorm2d(width),
-            nn.SiLU(),
-            nn.ConvTranspose2d(width, channels, kernel_size=4, stride=2, padding=1),
-            nn.Flatten(),
-        )
+    def __init__(self, shape: tuple[int, int, int], *layers: nn.Module):
+        super().__init__(*layers)
+        self.shape = shape
 
     def logits(self, z: Tensor) -> Tensor:
-        return self(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        """(..., latent_size) -> (..., C * H * W)."""
+        pictures = self(z.reshape(-1, z.shape[-1]))[..., : self.shape[1], : self.shape[2]]
+        return pictures.reshape(*z.shape[:-1], math.prod(self.shape))
 
 
 class ConvVAE(VAE):
-    """A VAE with two convolutions on each side, `width` and 2 * `width` channels wide."""
+    """A VAE for images of shape (C, H, W), with feature maps `width` and 2 * width channels wide."""
 
-    def __init__(
-        self, shape: tuple[int, int, int] = (1, 28, 28), width: int = 32, hidden_size: int = 256, **sizes: int
-    ):
-        channels, rows, columns = shape[0], shape[1] // 4, shape[2] // 4
-        super().__init__(math.prod(shape), hidden_size, **sizes)
-        self.encoder = nn.Sequential(
-            nn.Unflatten(1, shape),
-            nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1),
-            nn.BatchNorm2d(width),
-            nn.SiLU(),
-            nn.Conv2d(width, 2 * width, kernel_size=4, stride=2, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * rows * columns, hidden_size),
-            nn.SiLU(),
-        )
-        self.decoder = ConvDecoder(self.config["latent_size"], hidden_size, width, shape)
+    def __init__(self, input_size: int = 784, shape: tuple[int, int, int] = (1, 28, 28), width: int = 32, **sizes):
+        super().__init__(input_size, **sizes)
+        self.config |= {"shape": shape, "width": width}
+        hidden_size, activation = self.config["hidden_size"], self.config["activation"]
+        down, up = [nn.Unflatten(1, shape)], []
+        for before, after in ((shape[0], width), (width, 2 * width)):
+            down += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)]
+            down += [Block(after, activation) for _ in range(self.config["encoder_layers"])]
+            up = [nn.ConvTranspose2d(after, before, kernel_size=4, stride=2, padding=1), *up]
+            up = [Block(after, activation) for _ in range(self.config["decoder_layers"])] + up
+        grid = 2 * width, math.ceil(shape[1] / 4), math.ceil(shape[2] / 4)
+        features = math.prod(grid)
+        self.encoder = nn.Sequential(*down, nn.Flatten(), Encoder(features, hidden_size, 1, activation))
+        self.decoder = ConvDecoder(shape, nn.Linear(self.config["latent_size"], features), nn.Unflatten(1, grid), *up)
+        nn.init.constant_(self.latent_z.logvar.bias, -4)  # less noise in z, so that the decoder learns to use it
+        nn.init.kaiming_uniform_(self.latent_z.mu.weight)
 
 
 def make_model(dataset: ImageData, options: Namespace) -> VAE:
-    _, height, width = dataset.shape
-    if height % 4 or width % 4:
-        raise UserError(f"the convolutions need a height and width that are multiples of 4, not {height} x {width}")
-    return ConvVAE(dataset.shape, hidden_size=options.hidden_size, latent_size=options.latent_size)
+    return train.make_vae(dataset, options, ConvVAE, shape=dataset.shape)
 
 
 if __name__ == "__main__":
-    train.main(make_model, __doc__, hidden_size=256, latent_size=50, batch_size=128, lr=2e-3, kl_warmup=5, epochs=30)
+    sizes = {"hidden_size": 256, "latent_size": 50, "encoder_layers": 1, "activation": "silu"}
+    train.main(make_model, __doc__, **sizes, lr=2e-3, kl_warmup=5, epochs=30)

@@ -67,15 +67,20 @@ def test_pseudo_inputs_start_as_training_images(digits: ImageData):
     assert all(tuple(image) in images for image in model.pseudo_inputs.tolist())
 
 
-@pytest.mark.parametrize("shape", [(1, 12, 16), (3, 8, 12)])
-def test_convolutions_take_z_of_any_shape(shape: tuple[int, int, int]):
-    model = convolutional.ConvVAE(shape, width=2, hidden_size=8, latent_size=3).eval()
+@pytest.mark.parametrize("shape", [(1, 12, 16), (3, 8, 12), (1, 7, 7), (3, 9, 14), (1, 1, 1)])
+def test_convolutions_take_images_and_z_of_any_shape(shape: tuple[int, int, int]):
+    sizes = {"width": 2, "hidden_size": 8, "latent_size": 3, "encoder_layers": 2, "decoder_layers": 3}
+    model = convolutional.ConvVAE(math.prod(shape), shape, channels=shape[0], **sizes).eval()
     x, z, size = torch.rand(5, *shape).round(), torch.randn(4, 5, 3), math.prod(shape)
     assert model(x)[0].shape == (5, size)
     torch.testing.assert_close(model.reconstruct(x).flatten(1), model.reconstruct(x.flatten(1)))
     means = model.decode(z)
     assert means.shape == (4, 5, size)
     torch.testing.assert_close(means[2, 3], model.decode(z[2, 3:4])[0])
+    assert model.decode(z[2, 3]).shape == (size,)
+    twin = convolutional.ConvVAE(**model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(twin.decode(z), means)
 
 
 def test_the_conditional_model_hears_its_labels():
@@ -146,7 +151,7 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "already trained for 2 epochs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("make_model", [conditional.make_model, vampprior.make_model])
+@pytest.mark.parametrize("make_model", [conditional.make_model, convolutional.make_model, vampprior.make_model])
 @pytest.mark.usefixtures("quick_compiler")
 def test_is_compiled(make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(train, "draw", lambda *args: None)
