@@ -3,7 +3,7 @@
 // The networks of model.py, its losses, and MNIST's normalization of a drawing. Nothing here touches the page.
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrices, which stand in the page as rows of 16-bit whole numbers with a scale per row
+// Matrices, which stand in the page as rows of whole numbers of 8 or 16 bits with a scale per row
 
 function readBytes(base64) {
   const text = atob(base64), bytes = new Uint8Array(text.length);
@@ -13,8 +13,9 @@ function readBytes(base64) {
 
 const readFloats = base64 => new Float32Array(readBytes(base64).buffer);
 
-function readMatrix({ scales, values }) {  // -> its rows, each a Float32Array
-  const whole = new Int16Array(readBytes(values).buffer), rows = readFloats(scales), size = whole.length / rows.length;
+function readMatrix({ bits, scales, values }) {  // -> its rows, each a Float32Array
+  const { buffer } = readBytes(values), whole = bits === 8 ? new Int8Array(buffer) : new Int16Array(buffer);
+  const rows = readFloats(scales), size = whole.length / rows.length;
   return Array.from(rows, (scale, row) => {
     const floats = new Float32Array(size);
     for (let i = 0, j = row * size; i < size; i++, j++) floats[i] = scale * whole[j];

@@ -62,12 +62,22 @@ def few(digits: ImageData) -> ImageData:
     return thinned(digits, 5)
 
 
+def rounded(model: VAE) -> VAE:
+    """Rounds the networks' weights to 8 bits with a scale for each input, as the page has large ones."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            scales = layer.weight.detach().abs().amax(0) / 127
+            layer.weight.data = (layer.weight.detach() / scales).round() * scales
+    return model
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, VAE]:
-    """Like the models of docs/index.html, but small and untrained."""
+    """Like the models of docs/index.html, but small and untrained. Their weights are rounded already."""
     torch.manual_seed(0)
     vamp = VampVAE(num_pseudo_inputs=6, hidden_size=16, latent_size=3)
-    return {"main": VAE(hidden_size=16, latent_size=5), "map": VAE(hidden_size=16, latent_size=2), "vamp": vamp}
+    models = {"main": VAE(hidden_size=16, latent_size=5), "map": VAE(hidden_size=16, latent_size=2), "vamp": vamp}
+    return {role: rounded(model) for role, model in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,7 @@ def test_computes_what_pytorch_does(config: dict, few: ImageData, show: Callable
     for layer in model.modules():
         if isinstance(layer, nn.Linear):  # values as wide as a trained model's
             nn.init.normal_(layer.weight, std=1.8 / layer.in_features**0.5)
+    rounded(model)
     z = 2 * torch.randn(5, config["latent_size"])
     browser = show(make.make_explorer(model, few, "caption"))
     result = browser.run(f"""(() => {{
@@ -476,7 +487,7 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
     classes = ["</script>", "<!--<script>", "a & b", *few.classes[3:]]
     flat = replace(few, train_images=few.train_images[..., 4:24, :], test_images=few.test_images[..., 4:24, :])
     flat = replace(flat, classes=classes)
-    model = VAE(input_size=560, hidden_size=16, latent_size=3)
+    model = rounded(VAE(input_size=560, hidden_size=16, latent_size=3))
     browser = show(make.make_explorer(model, flat, "of </script><b>digits"))
     legend = "[...document.querySelectorAll('#legend li')].slice(0, 3).map(item => item.textContent)"
     assert idle(browser, legend) == classes[:3]
