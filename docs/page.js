@@ -487,7 +487,7 @@ function makeCurves() {  // -> what draws how the loss and its terms change alon
 }
 
 function startLoss() {
-  const COUNT = 37, loss = makeLoss(), drawCurves = makeCurves();
+  const COUNT = 37, STEPS = 13, loss = makeLoss(), drawCurves = makeCurves();
   let own, posterior, latent = main.order[0];  // the encoder's posterior, that of the sliders, and the one in the chart
   const sliders = makeSliders(byId("loss-sliders"), main, (k, value) => choose(k, posterior.mu[k] = value));
   sliders.forEach((slider, k) => { slider.onfocus = () => choose(k); });
@@ -515,8 +515,13 @@ function startLoss() {
       yield;
     }
     drawCurves(changes, [own.mu[latent], mu[latent]]);
+    for (let i = 0; i < STEPS; i++) {
+      put(byId("traversal"), main.decode(mu.with(latent, 3 * (2 * i / (STEPS - 1) - 1))), i);
+      yield;
+    }
     setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs. The dotted line is where the ` +
       "encoder put it; level lines are 40 nats apart.");
+    setText(byId("traversal-text"), `What ${latentName(latent)} draws, from −3 to 3 standard deviations of the prior.`);
   }
 
   function start() {
@@ -526,6 +531,7 @@ function startLoss() {
     refresh("loss", update());
   }
 
+  resize(byId("traversal"), STEPS, 1);
   byId("reset").onclick = start;
   input.listeners.push(start);
   start();

@@ -469,6 +469,11 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     assert before == pytest.approx(expected_before + kls_before.sum().item(), rel=5e-3)
     by_latent = browser.run("document.querySelector('#loss-sliders span').textContent")
     assert numbers(by_latent)[1] == pytest.approx(kls[latent].item(), abs=0.006)
+    traversed = mu.repeat(13, 1)
+    traversed[:, latent] = torch.linspace(-3, 3, 13)
+    torch.testing.assert_close(
+        pixels(browser, "#traversal"), tile(model.decode(traversed).detach(), 1), atol=5e-3, rtol=0
+    )
     browser.run("document.getElementById('reset').click()")
     _, _, total, before = numbers(idle(browser, "document.getElementById('nats').textContent"))
     assert total == before
