@@ -45,8 +45,8 @@ function linear({ weight, bias }, x) {
   return y;
 }
 
-// Pictures are { rows, columns, values }, and the channels of a pixel stand together. In a convolution with a padding of
-// 1, and in a transposed one, each pixel adds to those around its place
+// A picture is { rows, columns, values }, with a pixel's channels side by side. In a convolution with a padding of 1,
+// and in a transposed one, each pixel adds to the pixels around its place
 function convolve({ weight, bias, kernel, stride }, { rows, columns, values }) {
   const inputs = weight.length, outputs = bias.length, noBias = new Float64Array(weight[0].length);
   const picture = { rows: stride * rows, columns: stride * columns };
@@ -67,8 +67,8 @@ function convolve({ weight, bias, kernel, stride }, { rows, columns, values }) {
 function normalize({ weight, bias }, { values, ...size }) {  // over all of a picture: GroupNorm(1)
   const mean = sum(values) / values.length;
   const std = Math.sqrt(values.reduce((total, value) => total + (value - mean) ** 2, 0) / values.length + 1e-5);
-  const channels = bias.length;
-  return { ...size, values: values.map((value, i) => (value - mean) / std * weight[i % channels] + bias[i % channels]) };
+  const scale = (value, i) => (value - mean) / std * weight[i % weight.length] + bias[i % bias.length];
+  return { ...size, values: values.map(scale) };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

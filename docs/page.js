@@ -81,7 +81,7 @@ function show(canvas, pixels, description, pictures = digits) {
   canvas.ariaLabel = description;
 }
 
-function fillIn(template, id) {  // a section with a template's copy -> what finds an element by its class
+function fillIn(template, id) {  // an element with a template's copy -> what finds an element by its class
   byId(id).append(byId(template).content.cloneNode(true));
   return name => document.querySelector(`#${id} .${name}`);
 }
@@ -138,7 +138,9 @@ function makeMap(box) {
     makeSvg("path", svg, { class: value ? "grid" : "axis", d: lines });
   }
   const group = makeSvg("g", svg, { class: "dots" });
-  dots.map(onMap).forEach(({ x, y }, i) => makeSvg("circle", group, { cx: x, cy: y, r: 5, fill: data.colors[labels[i]] }));
+  dots.map(onMap).forEach(({ x, y }, i) => {
+    makeSvg("circle", group, { cx: x, cy: y, r: 5, fill: data.colors[labels[i]] });
+  });
   if (stops.length <= 20) {
     stops.forEach(({ label, mu }) => { makeSvg("text", svg, onMap(mu)).textContent = classes[label]; });
   }
@@ -566,10 +568,8 @@ if (data.emoji) {
     observer.disconnect();
     const { model: content, pictures } = data.emoji, model = readModel(content), emoji = readPictures(pictures, model);
     const drawPrior = readPrior(model.size, { mu: content.points, std: content.stds });
-    startMix("emoji", emoji);
-    make("p", byId("emoji"), { textContent: "Draws of the prior, left, are less like emoji than draws of these emoji's " +
-      "posteriors, right, because a few training images do not fill the latent space." });
-    startSample("emoji", emoji, { "N(0, I)": model, "Posteriors of these emoji": { ...model, drawPrior } });
+    startMix("mix-emoji", emoji);
+    startSample("sample-emoji", emoji, { "N(0, I)": model, "Posteriors of these emoji": { ...model, drawPrior } });
   }, { rootMargin: "50%" }).observe(byId("emoji"));
 } else leaveOut("emoji");
 if (map.size === 2) refresh("manifold", drawManifold(maps.map(({ canvas }) => canvas)));
