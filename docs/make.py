@@ -2,6 +2,7 @@
 
     python docs/make.py                               # docs/index.html, from the models in weights/
     python docs/make.py runs/001-mnist-z20            # explorer.html in the run folder, from its model
+    python docs/make.py --emoji data/emoji.npz        # assets/emoji.png, the emoji in docs/index.html
 
 For a checkpoint FILE.pt, explorer.html is written into a folder FILE.
 """
@@ -17,19 +18,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import utils
 from data import ImageData, load_dataset
 from evaluate import check_images, open_test_data
-from measure import Examples, posterior_means
-from model import VAE, Decoder, Encoder, LatentZ
-from pictures import class_colors, describe, in_turn
+from experiments.convolutional import Block, ConvDecoder
+from model import VAE, Decoder, Encoder, LatentZ, kl_by_latent
+from pictures import class_colors, describe, in_turn, tile
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
+EMOJI, EMOJI_ROWS, EMOJI_COLUMNS, EMOJI_SIZE = ROOT / "assets" / "emoji.png", 8, 12, 32
 MODELS = {"main": ("default", "Draw, Mix and Loss"), "map": ("2d", "The map"), "vamp": ("vampprior", "The VampPrior")}
+STARTS = {"from": 29, "to": 51}  # the emoji mixed at first: a peach and a heart
 ABOUT = (
     "A variational autoencoder squeezes an image into a few numbers, the latents, and draws the image again from them. "
     "All of it runs here, in your browser."
@@ -45,7 +50,7 @@ NOTES = [
 
 
 def make_index(weights: Path) -> str:
-    """The page of default.pt, 2d.pt and vampprior.pt in the folder of weights. Raises UserError if one is missing."""
+    """The page of default, 2d, vampprior and emoji.pt in the folder of weights. Raises UserError if one is missing."""
     digits, models, notes = load_dataset("mnist-5k"), {}, []
     images = torch.cat([digits.test_images, digits.train_images])
     labels = torch.cat([digits.test_labels, digits.train_labels])
@@ -54,7 +59,30 @@ def make_index(weights: Path) -> str:
         models[role], checkpoint = utils.load_checkpoint(weights / f"{name}.pt")
         caption = describe(digits, checkpoint["options"]["binarize"], models[role], checkpoint["epoch"])
         notes.append(f"{what}: {caption}.")
-    return make_page("A latent space to touch", [*NOTES, *notes], models, digits)
+    emoji, (model, checkpoint) = read_emoji(), utils.load_checkpoint(weights / "emoji.pt")
+    caption = describe(emoji, checkpoint["options"]["binarize"], model, checkpoint["epoch"])
+    notes.append(f"Emoji: {caption}. They are those of Noto Color Emoji, under the SIL Open Font License 1.1.")
+    return make_page("A latent space to touch", [*NOTES, *notes], models, digits, (model, emoji))
+
+
+def draw_emoji(dataset: ImageData) -> Image.Image:
+    """The first 96 test images as one picture, with which the page can be made where the font is missing.
+
+    Raises UserError for fewer images, or images that are not 32 x 32 and in colour.
+    """
+    shown = dataset.test_images[: EMOJI_ROWS * EMOJI_COLUMNS]
+    if len(shown) < EMOJI_ROWS * EMOJI_COLUMNS or dataset.shape != (3, EMOJI_SIZE, EMOJI_SIZE):
+        raise UserError(f"the page needs 96 test images of shape (3, 32, 32), not {len(shown)} of {dataset.shape}")
+    return Image.fromarray(tile(shown, EMOJI_ROWS, dataset.shape).byte().numpy())
+
+
+def read_emoji() -> ImageData:
+    """The emoji of assets/emoji.png, as test images."""
+    sheet = torch.from_numpy(np.array(Image.open(EMOJI)))
+    sheet = sheet.view(EMOJI_ROWS, EMOJI_SIZE, EMOJI_COLUMNS, EMOJI_SIZE, 3)
+    images = sheet.permute(0, 2, 4, 1, 3).flatten(0, 1)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    return ImageData("emoji", ["emoji"], images, labels, images, labels)
 
 
 def explore(path: Path, data_dir: str) -> str:
@@ -82,11 +110,18 @@ def make_explorer(model: VAE, dataset: ImageData, caption: str) -> str:
     return make_page("Latent explorer", [caption], {"main": model}, dataset)
 
 
-def make_page(title: str, notes: list[str], models: dict[str, VAE], dataset: ImageData) -> str:
+def make_page(
+    title: str,
+    notes: list[str],
+    models: dict[str, VAE],
+    dataset: ImageData,
+    emoji: tuple[VAE, ImageData] | None = None,
+) -> str:
     """Fills in docs/page.html with the models and up to 2,000 test images, placed at their posterior means.
 
-    models: "main"; perhaps "map", with two latents; and perhaps "vamp", a VampVAE that is only sampled from. Computes
-    in float64, so that every machine makes the same page of the same weights.
+    models: "main"; perhaps "map", with two latents; and perhaps "vamp", a VampVAE that is only sampled from. emoji: a
+    ConvVAE and the images to mix with it. Computes in float64, so that every machine makes the same page of the same
+    weights.
     """
     from matplotlib.colors import to_hex
 
@@ -96,14 +131,14 @@ def make_page(title: str, notes: list[str], models: dict[str, VAE], dataset: Ima
         "title": title,
         "about": [ABOUT],
         "notes": notes,
-        "classes": dataset.classes,
         "colors": [to_hex(color) for color in class_colors(len(dataset.classes))],
-        "height": dataset.shape[1],
-        "width": dataset.shape[2],
-        "images": b64encode(images[: max(10, min(100, 400_000 // dataset.input_size))].numpy()).decode(),
-        "labels": labels.tolist(),
-        "models": {role: _page_model(model, images, labels) for role, model in models.items()},
+        "pictures": _pictures(dataset, images[: max(10, min(100, 400_000 // dataset.input_size))], labels),
+        "models": {role: _page_model(model, images) for role, model in models.items()},
     }
+    if emoji:
+        model, shown = emoji
+        pictures = _pictures(shown, shown.test_images, shown.test_labels) | {"starts": STARTS}
+        content["emoji"] = {"pictures": pictures, "model": _page_model(model, shown.test_images)}
     names = ("page.html", "page.css", "networks.js", "page.js")
     parts = {f"@{name}@": (ROOT / "docs" / name).read_text(encoding="utf-8") for name in names}
     parts["@data@"] = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")  # ends no script element
@@ -111,18 +146,31 @@ def make_page(title: str, notes: list[str], models: dict[str, VAE], dataset: Ima
     return re.sub("|".join(parts), lambda match: parts[match[0]], page)
 
 
-def _page_model(model: VAE, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def _pictures(dataset: ImageData, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What docs/page.js makes pictures of: bytes, with the channels of a pixel together."""
+    return {
+        "classes": dataset.classes,
+        **dict(zip(("channels", "height", "width"), dataset.shape, strict=True)),
+        "images": b64encode(images.permute(0, 2, 3, 1).contiguous().numpy()).decode(),
+        "labels": labels.tolist(),
+    }
+
+
+def _page_model(model: VAE, images: Tensor) -> dict[str, Any]:
     """What docs/networks.js makes a model of. Without an Encoder, the page omits the sections that need one."""
     model = copy.deepcopy(model).cpu().double().requires_grad_(False)
     size, activation = model.config["latent_size"], model.config["activation"]
-    content = {"size": size, "activation": activation, "decoder": _layers(model.decoder)}
+    content = {"size": size, "activation": activation}
+    content["decoder"] = (_convolutional if type(model.decoder) is ConvDecoder else _layers)(model.decoder)
     if type(model).prior is not VAE.prior:
         mixture = model.prior().components
-        return content | {"prior": {"mu": _matrix(mixture.mu), "std": _matrix(torch.exp(0.5 * mixture.logvar))}}
-    inputs = images.double() / 255
-    means, kl = posterior_means(model, Examples(inputs, inputs, labels))
-    order = [0, 1] if size == 2 else kl.mean(0).argsort(descending=True).tolist()
-    content |= {"order": order, "points": _matrix(means)}
+        return content | {"prior": {"mu": _matrix(mixture.mu, 16), "std": _matrix(torch.exp(0.5 * mixture.logvar), 16)}}
+    q = model.posterior(images.double() / 255)
+    order = [0, 1] if size == 2 else kl_by_latent(q, model.prior()).mean(0).argsort(descending=True).tolist()
+    content |= {"order": order, "points": _matrix(q.mu, 16)}
+    if model.config["likelihood"] == "logistic":
+        scales, stds = torch.exp(model.log_scale), torch.exp(0.5 * q.logvar)
+        content |= {"scales": _floats(scales), "stds": _matrix(stds, 16)}
     if type(model.encoder) is Encoder:
         mu, logvar = _layers(model.latent_z)
         content |= {"encoder": _layers(model.encoder), "mu": mu, "logvar": logvar}
@@ -130,14 +178,45 @@ def _page_model(model: VAE, images: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def _layers(module: nn.Module) -> list[dict[str, Any]]:
-    return [{"weight": _matrix(layer.weight.T), "bias": _floats(layer.bias)} for layer in module.children()]
+    return [{"weight": _weight(layer.weight.T), "bias": _floats(layer.bias)} for layer in module.children()]
 
 
-def _matrix(values: Tensor) -> dict[str, str]:
-    """(rows, columns) as 16-bit integers with a scale for each row: as small as float16, and closer."""
-    scales = (values.abs().amax(1) / (2**15 - 1)).clamp(min=1e-30)
-    integers = (values / scales[:, None]).round()
-    return {"scales": _floats(scales), "values": b64encode(integers.numpy().astype("<i2").tobytes()).decode()}
+def _convolutional(decoder: ConvDecoder) -> dict[str, Any]:
+    """The decoder for pictures whose pixels have their channels together, (H, W, C)."""
+    linear, unflatten, *layers = decoder
+    channels, rows, columns = unflatten.unflattened_size
+    weight, bias = (part.unflatten(0, (channels, -1)).transpose(0, 1).flatten(0, 1) for part in linear.parameters())
+    return {
+        "input": {"weight": _weight(weight.T), "bias": _floats(bias)},
+        "rows": rows,
+        "columns": columns,
+        "layers": [{"block": _block(layer)} if type(layer) is Block else _convolution(layer) for layer in layers],
+    }
+
+
+def _block(block: Block) -> dict[str, Any]:
+    norms = [{"weight": _floats(norm.weight), "bias": _floats(norm.bias)} for norm in (block.norm1, block.norm2)]
+    return {"convolutions": [_convolution(block.conv1), _convolution(block.conv2)], "norms": norms}
+
+
+def _convolution(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
+    """As what each input pixel adds to the pixels around it: the weight is (inputs, kernel * kernel * outputs)."""
+    weight = layer.weight if type(layer) is nn.ConvTranspose2d else layer.weight.transpose(0, 1).flip(2, 3)
+    weight = weight.permute(0, 2, 3, 1).flatten(1)
+    size = {"kernel": layer.kernel_size[0], "stride": layer.stride[0]}
+    return {"weight": _weight(weight), "bias": _floats(layer.bias)} | size
+
+
+def _weight(weight: Tensor) -> dict[str, Any]:
+    """In 8 bits if it is large, which costs default.pt 0.02 nats and 2d.pt 0.01. Small matrices cost more than that."""
+    return _matrix(weight, 8 if weight.numel() > 4096 else 16)
+
+
+def _matrix(values: Tensor, bits: int) -> dict[str, Any]:
+    """(rows, columns) as integers of 8 or 16 bits with a scale for each row."""
+    scales = (values.abs().amax(1) / (2 ** (bits - 1) - 1)).clamp(min=1e-30)
+    integers = (values / scales[:, None]).round().numpy().astype(f"<i{bits // 8}")
+    return {"bits": bits, "scales": _floats(scales), "values": b64encode(integers.tobytes()).decode()}
 
 
 def _floats(values: Tensor) -> str:
@@ -149,7 +228,12 @@ def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", help="run folder or checkpoint file (default: the models in weights/)")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets are read and downloaded")
+    parser.add_argument("--emoji", metavar="FILE", help="data set of emoji to draw assets/emoji.png of, and no page")
     args = parser.parse_args()
+    if args.emoji:
+        draw_emoji(load_dataset(args.emoji)).save(EMOJI, optimize=True)
+        print(f"wrote {EMOJI}")
+        return
     if args.run:
         checkpoint = utils.checkpoint_path(args.run)
         folder = checkpoint.parent if checkpoint.name == "checkpoint.pt" else checkpoint.with_suffix("")

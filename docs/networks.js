@@ -3,7 +3,7 @@
 // The networks of model.py, its losses, and MNIST's normalization of a drawing. Nothing here touches the page.
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrices, which stand in the page as rows of 16-bit whole numbers with a scale per row
+// Matrices, which stand in the page as rows of whole numbers of 8 or 16 bits with a scale per row
 
 function readBytes(base64) {
   const text = atob(base64), bytes = new Uint8Array(text.length);
@@ -13,8 +13,9 @@ function readBytes(base64) {
 
 const readFloats = base64 => new Float32Array(readBytes(base64).buffer);
 
-function readMatrix({ scales, values }) {  // -> its rows, each a Float32Array
-  const whole = new Int16Array(readBytes(values).buffer), rows = readFloats(scales), size = whole.length / rows.length;
+function readMatrix({ bits, scales, values }) {  // -> its rows, each a Float32Array
+  const { buffer } = readBytes(values), whole = bits === 8 ? new Int8Array(buffer) : new Int16Array(buffer);
+  const rows = readFloats(scales), size = whole.length / rows.length;
   return Array.from(rows, (scale, row) => {
     const floats = new Float32Array(size);
     for (let i = 0, j = row * size; i < size; i++, j++) floats[i] = scale * whole[j];
@@ -22,12 +23,14 @@ function readMatrix({ scales, values }) {  // -> its rows, each a Float32Array
   });
 }
 
-const readLayers = layers => layers.map(({ weight, bias }) => ({ weight: readMatrix(weight), bias: readFloats(bias) }));
+const readNorm = ({ weight, bias }) => ({ weight: readFloats(weight), bias: readFloats(bias) });
+const readLayer = ({ weight, bias, ...rest }) => ({ weight: readMatrix(weight), bias: readFloats(bias), ...rest });
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The model: fully connected layers. A layer's weight holds a row for each of its inputs
+// Layers. A weight holds a row for each input
 
 const sigmoid = x => 1 / (1 + Math.exp(-x));
+const softplus = x => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)));
 const activations = { relu: x => Math.max(x, 0), tanh: Math.tanh, silu: x => x * sigmoid(x) };
 
 function linear({ weight, bias }, x) {
@@ -42,38 +45,94 @@ function linear({ weight, bias }, x) {
   return y;
 }
 
-function readModel({ size, order, activation, encoder, mu, logvar, decoder, prior, points }) {
-  const activate = activations[activation];
-  const hidden = (layers, x) => layers.reduce((h, layer) => linear(layer, h).map(activate), x);
-  const decoderLayers = readLayers(decoder), outputLayer = decoderLayers.pop();
-  const model = { size, order, points: points && readMatrix(points) };
+// A picture is { rows, columns, values }, with a pixel's channels side by side. In a convolution with a padding of 1,
+// and in a transposed one, each pixel adds to the pixels around its place
+function convolve({ weight, bias, kernel, stride }, { rows, columns, values }) {
+  const inputs = weight.length, outputs = bias.length, noBias = new Float64Array(weight[0].length);
+  const picture = { rows: stride * rows, columns: stride * columns };
+  picture.values = new Float64Array(picture.rows * picture.columns * outputs).map((_, i) => bias[i % outputs]);
+  for (let pixel = 0; pixel < rows * columns; pixel++) {
+    const added = linear({ weight, bias: noBias }, values.subarray(pixel * inputs, (pixel + 1) * inputs));
+    const top = stride * Math.floor(pixel / columns) - 1, left = stride * (pixel % columns) - 1;
+    for (let tap = 0; tap < kernel * kernel; tap++) {
+      const row = top + Math.floor(tap / kernel), column = left + tap % kernel;
+      if (row < 0 || row >= picture.rows || column < 0 || column >= picture.columns) continue;
+      const from = tap * outputs, to = (row * picture.columns + column) * outputs;
+      for (let k = 0; k < outputs; k++) picture.values[to + k] += added[from + k];
+    }
+  }
+  return picture;
+}
 
-  model.logits = z => linear(outputLayer, hidden(decoderLayers, z));
-  model.decode = z => model.logits(z).map(sigmoid);
+function normalize({ weight, bias }, { values, ...size }) {  // over all of a picture: GroupNorm(1)
+  const mean = sum(values) / values.length;
+  const std = Math.sqrt(values.reduce((total, value) => total + (value - mean) ** 2, 0) / values.length + 1e-5);
+  const scale = (value, i) => (value - mean) / std * weight[i % weight.length] + bias[i % bias.length];
+  return { ...size, values: values.map(scale) };
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model
+
+function readFullyConnected(layers, activate) {  // -> the network's function
+  const hiddenLayers = layers.map(readLayer), outputLayer = hiddenLayers.pop();
+  return x => linear(outputLayer, hiddenLayers.reduce((h, layer) => linear(layer, h).map(activate), x));
+}
+
+function readConvolutional({ input, rows, columns, layers }, activate) {  // experiments/convolutional.py's decoder
+  const inputLayer = readLayer(input), activated = ({ values, ...size }) => ({ ...size, values: values.map(activate) });
+  const steps = layers.map(({ block, ...only }) => {
+    const [layer, second] = (block?.convolutions ?? [only]).map(readLayer);
+    if (!block) return picture => convolve(layer, picture);
+    const [norm1, norm2] = block.norms.map(readNorm);
+    return picture => {
+      const y = activated(normalize(norm1, convolve(layer, picture)));
+      const { values, ...size } = normalize(norm2, convolve(second, y));
+      return activated({ ...size, values: values.map((value, i) => value + picture.values[i]) });
+    };
+  });
+  return z => steps.reduce((picture, step) => step(picture), { rows, columns, values: linear(inputLayer, z) }).values;
+}
+
+function logisticMean(logit, scale) {  // of the discretized logistic, one of model.py's likelihoods
+  const loc = 0.5 + 0.25 * logit;
+  return Math.max(0, Math.min(1, scale * (softplus(loc / scale) - softplus((loc - 1) / scale))));
+}
+
+function readModel({ size, order, activation, encoder, mu, logvar, decoder, scales, prior, points }) {
+  const activate = activations[activation], model = { size, order, points: points && readMatrix(points) };
+  const byChannel = scales && readFloats(scales);
+  model.logits = (decoder.layers ? readConvolutional : readFullyConnected)(decoder, activate);
+  model.decode = z => {
+    return model.logits(z).map(byChannel ? (l, i) => logisticMean(l, byChannel[i % byChannel.length]) : sigmoid);
+  };
 
   if (encoder) {
-    const encoderLayers = readLayers(encoder), [muLayer, logvarLayer] = readLayers([mu, logvar]);
+    const encoderLayers = encoder.map(readLayer), [muLayer, logvarLayer] = [mu, logvar].map(readLayer);
     model.encode = x => {
-      const h = hidden(encoderLayers, x), logvar = linear(logvarLayer, h);
+      const h = encoderLayers.reduce((h, layer) => linear(layer, h).map(activate), x), logvar = linear(logvarLayer, h);
       return { mu: linear(muLayer, h), logvar, std: logvar.map(value => Math.exp(0.5 * value)) };
     };
   }
 
-  // A draw of the prior, spread `temperature` times as far: of N(0, I), or of one posterior of the VampPrior's mixture
-  const components = prior && { mu: readMatrix(prior.mu), std: readMatrix(prior.std) };
-  model.drawPrior = random => {
+  model.drawPrior = readPrior(size, prior);
+  return model;
+}
+
+function readPrior(size, mixture) {  // -> its draws, spread `temperature` times as far: of N(0, I), or of a mixture
+  const components = mixture && { mu: readMatrix(mixture.mu), std: readMatrix(mixture.std) };
+  return random => {
     const k = components && Math.floor(random() * components.mu.length);
     const eps = new Float64Array(size).map(() => normal(random));
     const [mean, std] = components ? [components.mu[k], components.std[k]] : [eps.map(() => 0), eps.map(() => 1)];
     return temperature => eps.map((value, i) => mean[i] + temperature * std[i] * value);
   };
-  return model;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The loss's two terms, in nats, and draws
 
-const bceByPixel = (logits, x) => logits.map((l, i) => Math.max(l, 0) - l * x[i] + Math.log1p(Math.exp(-Math.abs(l))));
+const bceByPixel = (logits, x) => logits.map((l, i) => softplus(l) - l * x[i]);
 const klByLatent = ({ mu, logvar }) => mu.map((m, i) => -0.5 * (1 + logvar[i] - m * m - Math.exp(logvar[i])));
 const sum = values => values.reduce((a, b) => a + b, 0);
 

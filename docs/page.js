@@ -2,16 +2,21 @@
 
 const byId = id => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
-const { classes, colors, labels, height, width } = data;
 const [main, vamp, map = main] = ["main", "vamp", "map"].map(role => data.models[role] && readModel(data.models[role]));
-const bytes = readBytes(data.images);  // of images whose posterior means are the first of each model's points
-const images = Array.from({ length: bytes.length / (height * width) }, (_, i) => {
-  return Float32Array.from(bytes.subarray(i * height * width, (i + 1) * height * width), byte => byte / 255);
-});
+const digits = readPictures(data.pictures, main), { classes, labels, height, width, images } = digits;
 const EXTENT = 4;  // sliders and maps show latents from -EXTENT to EXTENT
 const clamp = value => Math.max(-EXTENT, Math.min(EXTENT, value));
 const latentName = latent => `z${[...String(latent + 1)].map(digit => "₀₁₂₃₄₅₆₇₈₉"[digit]).join("")}`;
+const nameOf = ({ classes, labels }, i) => {
+  return classes.length > 1 ? `an image of class ${classes[labels[i]]}` : `image ${i + 1} of ${classes[0]}`;
+};
 const signed = value => value.toFixed(2).replace("-0.00", "0.00").replace("-", "−");
+
+function readPictures({ images, ...pictures }, model) {  // their posterior means are the first of the model's points
+  const bytes = readBytes(images), size = pictures.height * pictures.width * pictures.channels;
+  const toPixels = (_, i) => Float32Array.from(bytes.subarray(i * size, (i + 1) * size), byte => byte / 255);
+  return { ...pictures, model, images: Array.from({ length: bytes.length / size }, toPixels) };
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Work is done by named generators, which get 6 ms of each frame. What one does until a yield takes a few ms at most
@@ -57,22 +62,28 @@ function setText(element, text) {  // only where it changes, since screen reader
   if (element.textContent !== text) element.textContent = text;
 }
 
-function resize(canvas, columns, rows) {  // to so many images, and empties it
+function resize(canvas, columns, rows, { width, height } = digits) {  // to so many images, and empties it
   canvas.width = columns * width;
   canvas.height = rows * height;
 }
 
-function put(canvas, pixels, column = 0, row = 0) {  // one image, among others
-  const image = new ImageData(width, height), words = new Uint32Array(image.data.buffer);
-  pixels.forEach((p, i) => { words[i] = 0xff000000 + 0x010101 * Math.round(255 * p); });
+function put(canvas, pixels, column = 0, row = 0, { width, height } = digits) {  // one image, among others
+  const image = new ImageData(width, height), { data } = image, channels = pixels.length / (width * height);
+  for (let i = 0; i < data.length; i++) {  // red, green, blue and opacity in turn
+    data[i] = i % 4 === 3 ? 255 : 255 * pixels[channels * (i >> 2) + Math.min(i % 4, channels - 1)];
+  }
   canvas.getContext("2d").putImageData(image, column * width, row * height);
 }
 
-function show(id, pixels, description) {
-  const canvas = byId(id);
-  if (canvas.height !== height || canvas.width !== width) resize(canvas, 1, 1);
-  put(canvas, pixels);
+function show(canvas, pixels, description, pictures = digits) {
+  if (canvas.height !== pictures.height || canvas.width !== pictures.width) resize(canvas, 1, 1, pictures);
+  put(canvas, pixels, 0, 0, pictures);
   canvas.ariaLabel = description;
+}
+
+function fillIn(template, id) {  // an element with a template's copy -> what finds an element by its class
+  byId(id).append(byId(template).content.cloneNode(true));
+  return name => document.querySelector(`#${id} .${name}`);
 }
 
 function makeSliders(box, model, onInput) {  // of all latents, those that say most first -> sliders by latent
@@ -127,7 +138,9 @@ function makeMap(box) {
     makeSvg("path", svg, { class: value ? "grid" : "axis", d: lines });
   }
   const group = makeSvg("g", svg, { class: "dots" });
-  dots.map(onMap).forEach(({ x, y }, i) => makeSvg("circle", group, { cx: x, cy: y, r: 5, fill: colors[labels[i]] }));
+  dots.map(onMap).forEach(({ x, y }, i) => {
+    makeSvg("circle", group, { cx: x, cy: y, r: 5, fill: data.colors[labels[i]] });
+  });
   if (stops.length <= 20) {
     stops.forEach(({ label, mu }) => { makeSvg("text", svg, onMap(mu)).textContent = classes[label]; });
   }
@@ -153,7 +166,6 @@ function* drawManifold(canvases, tiles = 24) {  // of a model of two latents, fr
 // Draw. The image at hand is a drawing, or one of the images in the page
 
 const input = { pixels: images[0], name: "", listeners: [] };
-const imageName = i => `an image of class ${classes[labels[i]]}`;
 
 function setInput(pixels, name) {
   Object.assign(input, { pixels, name });
@@ -201,7 +213,7 @@ function startPad() {  // -> what shows an image instead of a drawing
     put(canvas, images[i]);
     context.imageSmoothingEnabled = false;
     context.drawImage(canvas, 0, 0, pad.width, pad.height);
-    setInput(images[i], imageName(i));
+    setInput(images[i], nameOf(digits, i));
   };
 }
 
@@ -236,8 +248,8 @@ function startDraw() {
   function* read() {
     const { pixels, name } = input, posterior = main.encode(pixels), onTheMap = map.encode(pixels);
     const verdict = name === "nothing" ? "" : classes[nearestClass(main.points, labels, posterior.mu)];
-    show("read", pixels, `What the encoder reads: ${name}`);
-    show("rebuilt", main.decode(posterior.mu), `Reconstruction of ${name}`);
+    show(byId("read"), pixels, `What the encoder reads: ${name}`);
+    show(byId("rebuilt"), main.decode(posterior.mu), `Reconstruction of ${name}`);
     setText(byId("verdict"), verdict && `Looks like ${verdict}`);
     showPlace(onTheMap);
     showPosterior(posterior);
@@ -269,9 +281,9 @@ function walkBy(right, upwards) {
 
 function* showWalk() {
   const { z, chosen, sliders, marker } = walk, { x, y } = onMap(z);
-  const mean = chosen < 0 ? "" : `, the mean of ${imageName(chosen)}`;
+  const mean = chosen < 0 ? "" : `, the mean of ${nameOf(digits, chosen)}`;
   const where = `${latentName(across)} = ${signed(z[across])}, ${latentName(up)} = ${signed(z[up])}${mean}`;
-  show("walked", map.decode(z), `Image decoded from ${where}`);
+  show(byId("walked"), map.decode(z), `Image decoded from ${where}`);
   setAttributes(marker, { cx: x, cy: y });
   setText(byId("walk-place"), where);
   byId("walk-map").ariaLabel = `Map, ${where}. Arrow keys move the point.`;
@@ -347,7 +359,7 @@ function startWalk() {
     " Dots are posterior means of images, in the colours of their classes.");
   classes.forEach((name, label) => {
     const item = make("li", byId("legend"));
-    make("i", item).style.background = colors[label];
+    make("i", item).style.background = data.colors[label];
     item.append(name);
   });
   stopAt(walk.z);
@@ -357,64 +369,68 @@ function startWalk() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Mix
 
-function makeEnd(name, onChange) {  // one of two images -> what gives its pixels and latents
-  const select = byId(`${name}-class`), drawing = { pixels: images[0], mu: main.points[0] };
-  let turn = 0;
+function makeEnd(part, name, pictures, onChange) {  // one of two images -> what gives its pixels and latents
+  const { model, images, labels, classes } = pictures, select = part(`${name}-class`);
+  const drawing = { pixels: images[0], mu: model.points[0] };
+  let turn = pictures.starts?.[name] ?? 0;
   [...new Set(labels.slice(0, images.length))].sort((a, b) => a - b)
     .forEach(label => make("option", select, { value: label, textContent: classes[label] }));
-  if (main.encode) make("option", select, { value: "drawing", textContent: "drawing" });
-  select.value = select.options[name === "from" ? 0 : Math.min(8, select.length - 2)].value;
+  if (model.encode) make("option", select, { value: "drawing", textContent: "drawing" });
+  select.value = select.options[name === "from" ? 0 : Math.max(0, Math.min(8, select.length - 2))].value;
+  select.hidden = select.length === 1;
 
   function change() {
-    if (select.value === "drawing") Object.assign(drawing, { pixels: input.pixels, mu: main.encode(input.pixels).mu });
+    if (select.value === "drawing") Object.assign(drawing, { pixels: input.pixels, mu: model.encode(input.pixels).mu });
     onChange();
   }
   select.onchange = change;
-  byId(`${name}-next`).onclick = () => { turn++; change(); };
+  part(`${name}-next`).onclick = () => { turn++; change(); };
 
   return () => {
     const own = images.map((_, i) => i).filter(i => labels[i] === Number(select.value)), i = own[turn % own.length];
-    const end = select.value === "drawing" ? drawing : { pixels: images[i], mu: main.points[i] };
-    show(name, end.pixels, select.value === "drawing" ? "A drawing" : imageName(i));
+    const end = select.value === "drawing" ? drawing : { pixels: images[i], mu: model.points[i] };
+    show(part(name), end.pixels, select.value === "drawing" ? "A drawing" : nameOf(pictures, i), pictures);
     return end;
   };
 }
 
-function startMix() {
-  const STEPS = 11, strips = [byId("path-latents"), byId("path-pixels")], share = byId("share");
-  const ends = ["from", "to"].map(name => makeEnd(name, () => refresh("path", path())));
-  strips.forEach(strip => resize(strip, STEPS, 1));
+function startMix(id, pictures) {
+  const STEPS = 11, part = fillIn("mixer", id), share = part("share"), { model } = pictures;
+  const strips = [part("path-latents"), part("path-pixels")];
+  const ends = ["from", "to"].map(name => makeEnd(part, name, pictures, () => refresh(`${id} path`, path())));
+  strips.forEach(strip => resize(strip, STEPS, 1, pictures));
 
   function* path() {
     const [from, to] = ends.map(end => end());
-    share.oninput = () => refresh("mix", mixed(from, to));
+    share.oninput = () => refresh(`${id} mixed`, mixed(from, to));
     share.oninput();
     for (let step = 0; step < STEPS; step++) {
       const t = step / (STEPS - 1);
-      put(strips[0], main.decode(mix(from.mu, to.mu, t)), step);
-      put(strips[1], mix(from.pixels, to.pixels, t), step);
+      put(strips[0], model.decode(mix(from.mu, to.mu, t)), step, 0, pictures);
+      put(strips[1], mix(from.pixels, to.pixels, t), step, 0, pictures);
       yield;
     }
   }
 
   function* mixed(from, to) {
     const t = Number(share.value), percent = `${Math.round(100 * t)}%`;
+    const latents = `Decoded ${percent} of the way in latent space`, pixels = `Pixels blended, ${percent} of the way`;
     setSlider(share, t, percent);
-    show("mixed-latents", main.decode(mix(from.mu, to.mu, t)), `Decoded ${percent} of the way in latent space`);
-    show("mixed-pixels", mix(from.pixels, to.pixels, t), `Pixels blended, ${percent} of the way`);
+    show(part("mixed-latents"), model.decode(mix(from.mu, to.mu, t)), latents, pictures);
+    show(part("mixed-pixels"), mix(from.pixels, to.pixels, t), pixels, pictures);
   }
 
-  refresh("path", path());
+  refresh(`${id} path`, path());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sample
 
-function startSample() {
-  const SIDE = 6, temperature = byId("temperature");
-  const grids = [[main, "N(0, I)"], [vamp, "VampPrior"]].filter(([model]) => model).map(([model, prior]) => {
-    const figure = make("figure", byId("grids")), canvas = make("canvas", figure);
-    resize(canvas, SIDE, SIDE);
+function startSample(id, pictures, models) {  // models by the names of their priors
+  const SIDE = 6, part = fillIn("sampler", id), temperature = part("temperature");
+  const grids = Object.entries(models).map(([prior, model]) => {
+    const figure = make("figure", part("grids")), canvas = make("canvas", figure);
+    resize(canvas, SIDE, SIDE, pictures);
     canvas.setAttribute("role", "img");
     make("figcaption", figure, { textContent: `${prior}, ${model.size} latents` });
     return { model, prior, canvas };
@@ -427,22 +443,19 @@ function startSample() {
 
   function decode() {
     setSlider(temperature, temperature.value, Number(temperature.value).toFixed(2));
-    grids.forEach(grid => refresh(`samples ${grid.prior}`, fill(grid)));
+    grids.forEach(grid => refresh(`${id} of ${grid.prior}`, fill(grid)));
   }
 
   function* fill({ model, prior, canvas, draws }) {
     canvas.ariaLabel = `${draws.length} samples from the prior ${prior}, at temperature ${temperature.value}`;
     for (let i = 0; i < draws.length; i++) {
-      put(canvas, model.decode(draws[i](Number(temperature.value))), i % SIDE, Math.floor(i / SIDE));
+      put(canvas, model.decode(draws[i](Number(temperature.value))), i % SIDE, Math.floor(i / SIDE), pictures);
       yield;
     }
   }
 
-  setText(byId("sample-text"), "A draw of the prior, decoded, is an image that never was. " +
-    (vamp ? "Left, the prior is the standard normal; right, the VampPrior, a learned mixture of posteriors. " : "") +
-    "The temperature is how far draws spread: low, to what is likely; high, to where the decoder has never been.");
   temperature.oninput = decode;
-  byId("again").onclick = () => draw(Math.random);
+  part("again").onclick = () => draw(Math.random);
   draw(generator(0));
 }
 
@@ -476,7 +489,7 @@ function makeCurves() {  // -> what draws how the loss and its terms change alon
 }
 
 function startLoss() {
-  const COUNT = 37, loss = makeLoss(), drawCurves = makeCurves();
+  const COUNT = 37, STEPS = 13, loss = makeLoss(), drawCurves = makeCurves();
   let own, posterior, latent = main.order[0];  // the encoder's posterior, that of the sliders, and the one in the chart
   const sliders = makeSliders(byId("loss-sliders"), main, (k, value) => choose(k, posterior.mu[k] = value));
   sliders.forEach((slider, k) => { slider.onfocus = () => choose(k); });
@@ -489,8 +502,8 @@ function startLoss() {
   function* update() {
     const { mu } = posterior, kl = klByLatent(posterior), logits = main.logits(mu);
     const byPixel = bceByPixel(logits, input.pixels).map(nats => Math.min(1, nats / 3));
-    show("loss-rebuilt", logits.map(sigmoid), "Reconstruction from the sliders' means");
-    show("loss-pixels", byPixel, "BCE by pixel: white is 3 nats or more");
+    show(byId("loss-rebuilt"), logits.map(sigmoid), "Reconstruction from the sliders' means");
+    show(byId("loss-pixels"), byPixel, "BCE by pixel: white is 3 nats or more");
     sliders.forEach((slider, k) => setSlider(slider, mu[k], `${signed(mu[k])}, KL ${kl[k].toFixed(2)}`));
     yield;
     const now = loss(posterior), changes = [];
@@ -504,17 +517,23 @@ function startLoss() {
       yield;
     }
     drawCurves(changes, [own.mu[latent], mu[latent]]);
+    for (let i = 0; i < STEPS; i++) {
+      put(byId("traversal"), main.decode(mu.with(latent, 3 * (2 * i / (STEPS - 1) - 1))), i);
+      yield;
+    }
     setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs. The dotted line is where the ` +
       "encoder put it; level lines are 40 nats apart.");
+    setText(byId("traversal-text"), `What ${latentName(latent)} draws, from −3 to 3 standard deviations of the prior.`);
   }
 
   function start() {
     own = main.encode(input.pixels);
     posterior = { ...own, mu: own.mu.slice() };
-    show("loss-image", input.pixels, input.name);
+    show(byId("loss-image"), input.pixels, input.name);
     refresh("loss", update());
   }
 
+  resize(byId("traversal"), STEPS, 1);
   byId("reset").onclick = start;
   input.listeners.push(start);
   start();
@@ -536,8 +555,21 @@ data.notes.forEach(text => make("p", byId("notes"), { textContent: text }));
 const maps = [startWalk()];
 if (main.encode && map.encode) maps.push(startDraw());
 else leaveOut("draw");
-startMix();
-startSample();
+startMix("mix", digits);
+setText(byId("sample-text"), "A draw of the prior, decoded, is an image that never was. " +
+  (vamp ? "Left, the prior is the standard normal; right, the VampPrior, a learned mixture of posteriors. " : "") +
+  "The temperature is how far draws spread: low, to what is likely; high, to where the decoder has never been.");
+startSample("sample", digits, vamp ? { "N(0, I)": main, VampPrior: vamp } : { "N(0, I)": main });
 if (main.encode) startLoss();
 else leaveOut("loss");
+if (data.emoji) {
+  new IntersectionObserver(([{ isIntersecting }], observer) => {  // starts when almost in view, since it is slow
+    if (!isIntersecting) return;
+    observer.disconnect();
+    const { model: content, pictures } = data.emoji, model = readModel(content), emoji = readPictures(pictures, model);
+    const drawPrior = readPrior(model.size, { mu: content.points, std: content.stds });
+    startMix("mix-emoji", emoji);
+    startSample("sample-emoji", emoji, { "N(0, I)": model, "Posteriors of these emoji": { ...model, drawPrior } });
+  }, { rootMargin: "50%" }).observe(byId("emoji"));
+} else leaveOut("emoji");
 if (map.size === 2) refresh("manifold", drawManifold(maps.map(({ canvas }) => canvas)));

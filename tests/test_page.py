@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from assets.page import BROWSER, Browser, open_browser
 from data import ImageData, load_dataset
 from docs import make
 from experiments.conditional import ConditionalVAE
+from experiments.convolutional import ConvVAE
 from experiments.vampprior import VampVAE
 from model import VAE, DiagonalNormal, kl_by_latent
 from pictures import tile
@@ -62,17 +64,41 @@ def few(digits: ImageData) -> ImageData:
     return thinned(digits, 5)
 
 
+def rounded(model: VAE) -> VAE:
+    """Rounds the networks' weights to 8 bits with a scale for each input, as the page has large ones."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            scales = layer.weight.detach().abs().amax(0) / 127
+            layer.weight.data = (layer.weight.detach() / scales).round() * scales
+    return model
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, VAE]:
-    """Like the models of docs/index.html, but small and untrained."""
+    """Like the models of docs/index.html, but small and untrained. Their weights are rounded already."""
     torch.manual_seed(0)
     vamp = VampVAE(num_pseudo_inputs=6, hidden_size=16, latent_size=3)
-    return {"main": VAE(hidden_size=16, latent_size=5), "map": VAE(hidden_size=16, latent_size=2), "vamp": vamp}
+    models = {"main": VAE(hidden_size=16, latent_size=5), "map": VAE(hidden_size=16, latent_size=2), "vamp": vamp}
+    return {role: rounded(model) for role, model in models.items()}
 
 
 @pytest.fixture(scope="module")
-def page(models: dict[str, VAE], few: ImageData) -> str:
-    return make.make_page("Page", [], models, few)
+def emoji() -> tuple[VAE, ImageData]:
+    """A model in colour, so small that the page has its weights in 16 bits, and 60 images of 8 x 12 pixels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "latent_size": 6, "encoder_layers": 1, "activation": "silu"}
+    model = ConvVAE(288, (3, 8, 12), width=4, likelihood="logistic", channels=3, **sizes).eval()
+    for name, weights in model.named_parameters():
+        if name.startswith("decoder"):
+            nn.init.normal_(weights, std=0.5)
+    model.log_scale.data = torch.tensor([-3.0, -2.0, -1.0])
+    images, labels = torch.randint(256, (60, 3, 8, 12), dtype=torch.uint8), torch.zeros(60, dtype=torch.int64)
+    return model, ImageData("emoji", ["emoji"], images, labels, images, labels)
+
+
+@pytest.fixture(scope="module")
+def page(models: dict[str, VAE], few: ImageData, emoji: tuple[VAE, ImageData]) -> str:
+    return make.make_page("Page", [], models, few, emoji)
 
 
 def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
@@ -84,6 +110,16 @@ def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
         requestAnimationFrame(() => requestAnimationFrame(wait));
     }})""")
     return browser.run(script)
+
+
+def show_emoji(browser: Browser) -> None:
+    """Scrolls to the section in colour, which starts only then."""
+    browser.run("document.getElementById('emoji').scrollIntoView({ behavior: 'instant' })")
+    browser.run("""new Promise(done => {
+        const wait = () => document.querySelector("#emoji canvas") ? done() : requestAnimationFrame(wait);
+        wait();
+    })""")
+    idle(browser)
 
 
 def numbers(text: str) -> list[float]:
@@ -108,6 +144,7 @@ def test_computes_what_pytorch_does(config: dict, few: ImageData, show: Callable
     for layer in model.modules():
         if isinstance(layer, nn.Linear):  # values as wide as a trained model's
             nn.init.normal_(layer.weight, std=1.8 / layer.in_features**0.5)
+    rounded(model)
     z = 2 * torch.randn(5, config["latent_size"])
     browser = show(make.make_explorer(model, few, "caption"))
     result = browser.run(f"""(() => {{
@@ -254,13 +291,14 @@ def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[...,
     assert read == {digit: f"Looks like {digit}" for digit in drawn}
 
 
-def pixels(browser: Browser, selector: str, rows: int = 0) -> Tensor:
-    """A canvas, or its first rows: (H, W) in [0, 1]."""
+def pixels(browser: Browser, selector: str, rows: int = 0, colour: bool = False) -> Tensor:
+    """A canvas, or its first rows: (H, W) in [0, 1], or (H, W, 3)."""
     data = browser.run(f"""(() => {{
         const canvas = document.querySelector("{selector}"), {{ width }} = canvas, height = {rows} || canvas.height;
         return [height, width, ...canvas.getContext("2d").getImageData(0, 0, width, height).data];
     }})()""")
-    return torch.tensor(data[2:]).view(data[0], data[1], 4)[..., 0] / 255
+    values = torch.tensor(data[2:]).view(data[0], data[1], 4) / 255
+    return values[..., :3] if colour else values[..., 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,23 +391,23 @@ def test_walk_by_keys_and_in_flight(page: str, models: dict[str, VAE], show: Cal
 def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser = show(page)
     model = models["main"]
-    browser.run("document.getElementById('from-class').focus()")
+    browser.run("document.querySelector('#mix .from-class').focus()")
     browser.key("ArrowDown")
-    browser.run("document.getElementById('to-next').click(); document.getElementById('share').focus()")
+    browser.run("document.querySelector('#mix .to-next').click(); document.querySelector('#mix .share').focus()")
     browser.key("ArrowRight")
-    share = idle(browser, "Number(document.getElementById('share').value)")
-    start, end = (pixels(browser, f"#{name}").flatten() for name in ("from", "to"))
+    share = idle(browser, "Number(document.querySelector('#mix .share').value)")
+    start, end = (pixels(browser, f"#mix .{name}").flatten() for name in ("from", "to"))
     assert share == 0.51
-    assert browser.run("document.querySelector('#share + span').textContent") == "51%"
+    assert browser.run("document.querySelector('#mix .share + span').textContent") == "51%"
     with torch.no_grad():
         mu = model.encode(torch.stack([start, end]))[2]
         path = model.decode(torch.lerp(mu[0], mu[1], torch.linspace(0, 1, 11)[:, None]))
         mixed = model.decode(torch.lerp(mu[0], mu[1], share))
-    torch.testing.assert_close(pixels(browser, "#mixed-latents").flatten(), mixed, atol=5e-3, rtol=0)
+    torch.testing.assert_close(pixels(browser, "#mix .mixed-latents").flatten(), mixed, atol=5e-3, rtol=0)
     torch.testing.assert_close(
-        pixels(browser, "#mixed-pixels").flatten(), torch.lerp(start, end, share), atol=5e-3, rtol=0
+        pixels(browser, "#mix .mixed-pixels").flatten(), torch.lerp(start, end, share), atol=5e-3, rtol=0
     )
-    torch.testing.assert_close(pixels(browser, "#path-latents"), tile(path, 1), atol=5e-3, rtol=0)
+    torch.testing.assert_close(pixels(browser, "#mix .path-latents"), tile(path, 1), atol=5e-3, rtol=0)
     chosen = torch.tensor(browser.run("[1, 18].map(i => Array.from(images[i]))"))  # the first 1, and the second 8
     torch.testing.assert_close(torch.stack([start, end]), chosen, atol=5e-3, rtol=0)
     drawings = []
@@ -377,26 +415,26 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
         browser.run("document.getElementById('next').click()")
         idle(browser)
         drawings.append(pixels(browser, "#read"))
-        browser.run(f"document.getElementById('{name}-class').value = 'drawing'")
-        browser.run(f"document.getElementById('{name}-class').onchange()")
+        browser.run(f"document.querySelector('#mix .{name}-class').value = 'drawing'")
+        browser.run(f"document.querySelector('#mix .{name}-class').onchange()")
     idle(browser)
-    assert torch.equal(torch.stack(drawings), torch.stack([pixels(browser, "#from"), pixels(browser, "#to")]))
+    assert torch.equal(torch.stack(drawings), torch.stack([pixels(browser, "#mix .from"), pixels(browser, "#mix .to")]))
     assert not torch.equal(*drawings)
 
 
 def test_sample(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser = show(page)
-    normal, vampprior = (f"#grids figure:nth-child({i}) canvas" for i in (1, 2))
+    normal, vampprior = (f"#sample figure:nth-child({i}) canvas" for i in (1, 2))
     idle(browser)
     before = pixels(browser, normal)
-    browser.run("document.getElementById('again').click()")
+    browser.run("document.querySelector('#sample .again').click()")
     idle(browser)
     after = pixels(browser, normal)
     assert not torch.equal(before, after)
-    browser.run("document.getElementById('temperature').focus()")
+    browser.run("document.querySelector('#sample .temperature').focus()")
     browser.key("Home")
     idle(browser)
-    assert browser.run("document.querySelector('#temperature + span').textContent") == "0.00"
+    assert browser.run("document.querySelector('#sample .temperature + span').textContent") == "0.00"
     tiles = pixels(browser, normal).unfold(0, 28, 28).unfold(1, 28, 28).reshape(36, 784)
     expected = models["main"].decode(torch.zeros(1, 5)).detach()
     torch.testing.assert_close(tiles, expected.expand(36, -1), atol=5e-3, rtol=0)
@@ -431,9 +469,50 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     assert before == pytest.approx(expected_before + kls_before.sum().item(), rel=5e-3)
     by_latent = browser.run("document.querySelector('#loss-sliders span').textContent")
     assert numbers(by_latent)[1] == pytest.approx(kls[latent].item(), abs=0.006)
+    traversed = mu.repeat(13, 1)
+    traversed[:, latent] = torch.linspace(-3, 3, 13)
+    torch.testing.assert_close(
+        pixels(browser, "#traversal"), tile(model.decode(traversed).detach(), 1), atol=5e-3, rtol=0
+    )
     browser.run("document.getElementById('reset').click()")
     _, _, total, before = numbers(idle(browser, "document.getElementById('nats').textContent"))
     assert total == before
+
+
+def test_emoji(page: str, emoji: tuple[VAE, ImageData], show: Callable[..., Browser]):
+    model, dataset = emoji
+    browser = show(page)
+    assert browser.run("document.querySelector('#emoji canvas')") is None
+    show_emoji(browser)
+    z = torch.randn(4, 6)
+    decoded = torch.tensor(
+        browser.run(
+            f"(() => {{ const {{ decode }} = readModel(data.emoji.model); "
+            f"return {z.tolist()}.map(z => Array.from(decode(z))); }})()"
+        )
+    )
+    with torch.no_grad():
+        expected = model.decode(z)
+        mu = model.posterior(dataset.test_images / 255).mean
+        path = model.decode(
+            torch.lerp(mu[make.STARTS["from"]], mu[make.STARTS["to"] + 1], torch.linspace(0, 1, 11)[:, None])
+        )
+        middle = model.decode(torch.zeros(1, 6)).expand(36, -1)
+    assert expected.std() > 0.2
+    assert decoded.view(4, 8, 12, 3).permute(0, 3, 1, 2).flatten(1).sub(expected).abs().max() < 1e-3
+    browser.run("document.querySelector('#emoji .to-next').click()")
+    browser.run("document.querySelector('#emoji .temperature').focus()")
+    browser.key("Home")
+    idle(browser)
+    start = dataset.test_images[make.STARTS["from"]].permute(1, 2, 0) / 255
+    shown = {"#emoji .from": start, "#emoji .path-latents": tile(path, 1, dataset.shape)}
+    shown["#emoji .grids canvas"] = tile(middle, 6, dataset.shape)
+    for selector, picture in shown.items():
+        torch.testing.assert_close(pixels(browser, selector, colour=True), picture, atol=5e-3, rtol=0)
+    draws = pixels(browser, "#emoji .grids figure:last-child canvas", colour=True)
+    draws = draws.view(6, 8, 6, 12, 3).permute(0, 2, 4, 1, 3).reshape(36, -1)
+    with torch.no_grad():
+        assert torch.cdist(draws, model.decode(mu)).amin(1).max() < 0.1  # at temperature 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,10 +523,11 @@ def test_everything_is_named_and_legible(page: str, show: Callable[..., Browser]
     browser = show(page)
     for dark in (False, True):
         browser.resize(390, 844, phone=True, dark=dark)
-        idle(browser)
+        show_emoji(browser)
         assert browser.run("document.documentElement.scrollWidth") == 390
         low = browser.run("""[...document.querySelectorAll("button, select, input:not([type=checkbox]), nav a")]
-            .filter(control => control.getBoundingClientRect().height < 44).map(control => control.id)""")
+            .filter(control => !control.hidden && control.getBoundingClientRect().height < 44)
+            .map(control => control.outerHTML)""")
         assert low == []
         pale = browser.run("""(() => {
             const channel = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
@@ -476,7 +556,7 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
     classes = ["</script>", "<!--<script>", "a & b", *few.classes[3:]]
     flat = replace(few, train_images=few.train_images[..., 4:24, :], test_images=few.test_images[..., 4:24, :])
     flat = replace(flat, classes=classes)
-    model = VAE(input_size=560, hidden_size=16, latent_size=3)
+    model = rounded(VAE(input_size=560, hidden_size=16, latent_size=3))
     browser = show(make.make_explorer(model, flat, "of </script><b>digits"))
     legend = "[...document.querySelectorAll('#legend li')].slice(0, 3).map(item => item.textContent)"
     assert idle(browser, legend) == classes[:3]
@@ -492,16 +572,51 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
     show(make.make_explorer(model, flat, "caption"))
     assert idle(browser, sections) == browser.run(links) == ["walk", "mix", "sample"]
     assert browser.run("[...document.querySelectorAll('option')].some(option => option.value === 'drawing')") is False
-    expected = model.reconstruct(pixels(browser, "#from")[None])[0]
-    torch.testing.assert_close(pixels(browser, "#path-latents")[:, :28], expected, atol=5e-3, rtol=0)
+    expected = model.reconstruct(pixels(browser, "#mix .from")[None])[0]
+    torch.testing.assert_close(pixels(browser, "#mix .path-latents")[:, :28], expected, atol=5e-3, rtol=0)
 
 
 def test_the_committed_page_is_what_its_command_makes():
     page = PAGE.read_text(encoding="utf-8")
-    assert len(page.encode()) <= 8_000_000
+    assert len(page.encode()) <= 6_500_000
     assert not re.search(r"""(src|href|action)=["']?(?!["']?(#|data:,))""", page)
     assert not re.search(r"url\(|fetch\(|XMLHttp|import\(|WebSocket", page)
     assert make.make_index(WEIGHTS) == page
+
+
+def test_rounded_weights_cost_little(show: Callable[..., Browser]):
+    """The committed page's models and those in weights/ reconstruct alike, and the negative ELBO at the mean agrees."""
+    browser = show(PAGE)
+    losses, x, decoded, points = map(
+        torch.tensor,
+        browser.run("""(() => {
+            const loss = (posterior, x) => sum(klByLatent(posterior)) + sum(bceByPixel(main.logits(posterior.mu), x));
+            const emoji = readModel(data.emoji.model);
+            return [
+              images.map(x => loss(main.encode(x), x)), images.map(x => Array.from(x)),
+              emoji.points.map(z => Array.from(emoji.decode(z))), emoji.points.map(z => Array.from(z)),
+            ];
+        })()"""),
+    )
+    main, emoji = (utils.load_checkpoint(WEIGHTS / f"{name}.pt")[0] for name in ("default", "emoji"))
+    with torch.no_grad():
+        q = main.posterior(x)
+        expected = kl_by_latent(q, main.prior()).sum(-1) - main.likelihood(q.mean).log_prob(x)
+        pictures = emoji.decode(points).view(-1, 3, 32, 32).permute(0, 2, 3, 1).flatten(1)
+    assert losses.mean().item() == pytest.approx(expected.mean().item(), abs=0.2)
+    assert decoded.sub(pictures).abs().mean() < 1 / 255
+
+
+def test_the_emoji_need_no_font(fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(make, "EMOJI", tmp_path / "emoji.png")
+    images = torch.randint(256, (1500, 3, 32, 32), dtype=torch.uint8)
+    np.savez(tmp_path / "few.npz", images=images[:100])
+    assert "96 test images" in fails(make.main, "--emoji", tmp_path / "few.npz")
+    np.savez(tmp_path / "many.npz", images=images)
+    monkeypatch.setattr("sys.argv", ["make.py", "--emoji", str(tmp_path / "many.npz")])
+    make.main()
+    shown = load_dataset(str(tmp_path / "many.npz")).test_images[:96]
+    assert torch.equal(make.read_emoji().test_images, shown)
 
 
 def test_missing_weights(tmp_path: Path):
