@@ -4,6 +4,7 @@
     python benchmarks/throughput.py tricks          # what train.py would lose without each of its tricks
     python benchmarks/throughput.py scaling         # cost against batch size, hidden size and number of images
     python benchmarks/throughput.py results         # test losses of whole runs, with all tricks and with none
+    python benchmarks/throughput.py nll             # an estimate of nll, compiled or not, and its matrix products alone
 
 JAX's row needs pip install jax optax. The loops take turns, so a machine whose speed drifts is fair to all of them. The
 figures are medians.
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import measure
 import pictures
 import step
 import train
@@ -249,6 +251,40 @@ def compare(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "times": times, "floor": floor}
 
 
+def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
+    """nll of 1,000 training images with 1,000 samples, compiled and not, and its decoder's matrix products alone."""
+    images, labels, num_samples = dataset.train_images[:1000], dataset.train_labels[:1000], 1000
+    model = train.make_vae(dataset, args).to(args.device).requires_grad_(False)
+    test_set = measure.Examples(*data.binarize_test_set(images.to(args.device), "dynamic"), labels.to(args.device))
+    rows = measure.SAMPLES * 50
+    precision = step.choose_precision(torch.device(args.device), rows)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    weights = [layer.weight.to(dtype) for layer in model.decoder.children()]
+    inputs = [weight.new_empty(rows, weight.shape[1]).normal_() for weight in weights]
+
+    def estimate(is_compiled: bool) -> float:
+        start = time.perf_counter()
+        with patch.object(measure, "is_worth_compiling", lambda *_: is_compiled):
+            measure.estimate_nll(model, test_set, num_samples)
+        return time.perf_counter() - start
+
+    def products() -> float:
+        start = time.perf_counter()
+        with step.matmul_precision(precision, args.device):
+            for _ in range(len(images) * num_samples // rows):
+                for x, weight in zip(inputs, weights, strict=True):
+                    x @ weight.T
+        return time.perf_counter() - start
+
+    loops = {"nll": lambda: estimate(True), "not compiled": lambda: estimate(False), "matrix products": products}
+    seconds = take_turns(loops, args.repeats)
+    print(f"| {precision} | seconds | in those of its products |\n| --- | --- | --- |")
+    for name, passes in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(passes, seconds["matrix products"], strict=True))
+        print(f"| {name} | {statistics.median(passes):.2f} | {ratio:.2f} |")
+    return {"seconds": seconds}
+
+
 def draw_speeds(speeds: dict[str, float], title: str) -> "Figure":
     """A bar for each loop's images per second; the last two are train.py and the floor."""
     from matplotlib.figure import Figure
@@ -378,8 +414,8 @@ def describe(args: Namespace) -> str:
 @utils.command
 def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
-    benchmarks, add = {run.__name__: run for run in (compare, tricks, scaling, results)}, parser.add_argument
-    add("benchmark", nargs="?", choices=benchmarks, default="compare", help="one of the four above")
+    benchmarks, add = {run.__name__: run for run in (compare, tricks, scaling, results, nll)}, parser.add_argument
+    add("benchmark", nargs="?", choices=benchmarks, default="compare", help="one of the five above")
     add("--images", type=utils.count, metavar="N", help="train on the first N images (default: all)")
     add("--repeats", type=utils.count, default=3, metavar="N", help="passes of each loop; for results, seeds")
     add("--json", metavar="FILE", help="where to write all that was measured")

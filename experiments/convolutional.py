@@ -77,4 +77,4 @@ def make_model(dataset: ImageData, options: Namespace) -> VAE:
 
 if __name__ == "__main__":
     sizes = {"hidden_size": 256, "latent_size": 50, "encoder_layers": 1, "activation": "silu"}
-    train.main(make_model, __doc__, **sizes, lr=2e-3, kl_warmup=5, epochs=30)
+    train.main(make_model, __doc__, **sizes, lr=2e-3, kl_warmup=5)
