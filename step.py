@@ -126,13 +126,9 @@ class CompiledStep:
         self.eager, self.images, self.labels = eager, images.flatten(1), labels  # flat images make faster code
         self.batch_size, self.binarization = min(batch_size, len(images)), binarization
         trainable = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
-        for weight in trainable.values():  # Adam makes its state in the first step, but the program needs it now
-            if not optimizer.state[weight]:
-                zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-                optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **zeros}
         self.weights = {name: weight.detach() for name, weight in trainable.items()}  # the same memory
         self.buffers = dict(objective.named_buffers())
-        self.adam = [optimizer.state[weight] for weight in trainable.values()]
+        self.adam = [adam_state(optimizer, weight) for weight in trainable.values()]
         (group,) = optimizer.param_groups
         self.betas = torch.tensor(group["betas"], device=images.device, dtype=torch.float64)
 
@@ -178,6 +174,14 @@ class CompiledStep:
         y, state = self.labels.index_select(0, batch), (self.weights, self.buffers, self.adam)
         with torch.no_grad():
             return self.program(*state, images, y, bits, rates, corrections)
+
+
+def adam_state(optimizer: torch.optim.Adam, weight: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a weight, which it would otherwise make in its first step."""
+    if not optimizer.state[weight]:
+        zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **zeros}
+    return optimizer.state[weight]
 
 
 def adam_step(

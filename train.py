@@ -70,8 +70,13 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     parser = utils.ArgumentParser(description=description)
     resumable = ", ".join(map(flag, RESUMABLE))
     parser.add_argument("--resume", metavar="RUN", help=f"continue this run folder; only {resumable} can be changed")
-    positive, nonnegative, whole = number(float, 1e-37, 1e37), number(float, 0, 1e6), number(int, 0, 2**31)
+    _add_data_and_model_options(parser)
+    _add_training_options(parser)
+    parser.set_defaults(**defaults)
+    return parser
 
+
+def _add_data_and_model_options(parser: utils.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     names = f"{', '.join(DATASETS[1:])}, or the path of a folder of images or of an .npz file"
     auto = "auto is mnist, or mnist-5k where mnist is unavailable"
@@ -82,7 +87,12 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     add("--grayscale", action=BooleanOptionalAction, default=False, help="convert images to gray")
     add("--mirror", action=BooleanOptionalAction, default=False, help="train on each image and its mirror image")
     add("--binarize", choices=BINARIZE, help=f"{modes} (default: {by_data})")
-    add("--hold-out", type=whole, default=0, help="test on the last N training images, to choose settings")
+    add(
+        "--hold-out",
+        type=number(int, 0, 2**31),
+        default=0,
+        help="test on the last N training images, to choose settings",
+    )
     add("--data-dir", type=text, default="data", help="where data sets are read from and downloaded to")
 
     add = parser.add_argument_group("model").add_argument
@@ -96,6 +106,9 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     add("--likelihood", choices=LIKELIHOODS, help=f"of pixels that are black or white, or of 256 levels {by_data}")
     add("--init", choices=("pytorch", "burda2016"), default="pytorch", help=glorot)
 
+
+def _add_training_options(parser: utils.ArgumentParser) -> None:
+    positive, nonnegative, whole = number(float, 1e-37, 1e37), number(float, 0, 1e6), number(int, 0, 2**31)
     add = parser.add_argument_group("training").add_argument
     schedules = ("constant", "cosine", "burda2016")
     add("--epochs", type=count, help="passes over the training set (default: 20, and 150 on mnist-5k)")
@@ -120,8 +133,6 @@ def make_parser(description: str | None = __doc__, **defaults: Any) -> utils.Arg
     add("--compile", action=BooleanOptionalAction, help=how)
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the fastest on this machine)")
     add("--out-dir", type=text, default="runs", help="where run folders are created")
-    parser.set_defaults(**defaults)
-    return parser
 
 
 def make_options(**given: Any) -> Namespace:
@@ -266,9 +277,7 @@ def fit(
     history, device, checksum = checkpoint["history"], utils.choose_device(options.device), dataset.checksum()
     if rank == 0:
         print(start_line(dataset, average, options, run, len(history)))
-    images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
-    if options.mirror:
-        images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
+    images, labels = training_images(dataset, options, device)
     test_set = measure.make_test_set(dataset, options.binarize, device)
     average = average.to(device).eval()
     model = copy.deepcopy(average) if options.average else average
@@ -296,6 +305,12 @@ def fit(
                 draw(run, average, dataset, test_set, options, history)
             if on_epoch:
                 on_epoch(average, history)
+
+
+def training_images(dataset: ImageData, options: Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images that an epoch passes over, (N, C, H, W) uint8, and their labels (N,)."""
+    images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+    return (torch.cat([images, images.flip(-1)]), labels.repeat(2)) if options.mirror else (images, labels)
 
 
 def restore(model: VAE, checkpoint: dict[str, Any], options: Namespace) -> torch.optim.Adam:
