@@ -236,7 +236,9 @@ def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | No
     pixels = (255 * images.float().cpu()).round().byte().view(n, *dataset.shape).permute(0, 2, 3, 1)
     folder.mkdir(parents=True)
     for i, image in enumerate(pixels.numpy()):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:05d}.png")
+        buffer = io.BytesIO()
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "png")
+        utils.write_atomically(folder / f"{i:05d}.png", buffer.getbuffer())
     return folder
 
 
