@@ -166,6 +166,10 @@ def _load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
         try:
             return _load_from_torchvision("mnist" if name == "auto" else name, data_dir, hold_out)
         except DataUnavailable as reason:
+            if name == "mnist":
+                raise DataUnavailable(
+                    f"{reason}; --dataset mnist-5k, the bundled digits, needs no download"
+                ) from reason
             if name != "auto":
                 raise
             what = "Using mnist-5k, the bundled 5,000 + 1,000 digits; results differ from those on the full MNIST"

@@ -11,6 +11,7 @@ image.
 import io
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,12 +113,21 @@ def open_test_data(
         dataset = dataset.hold_out(hold_out or dataset.num_held_out)
     else:
         name = str(dataset or options.get("dataset", "auto"))
+        if dataset is None:
+            check_place(name, path)
         image_size = image_size_of(model) if name not in DATASETS and Path(name).is_dir() else None
         dataset = load_dataset(name, data_dir, image_size, hold_out, model.config["channels"])
     check_images(model, dataset)
     if is_the_runs:
         check_same_images(checkpoint, dataset, path)
     return dataset
+
+
+def check_place(name: str, path: Path) -> None:
+    """Raises UserError if a run's own images are no longer where they were."""
+    if name not in DATASETS and not Path(name).exists():
+        how = "make them again, or name their new place, or other images, with --dataset"
+        raise UserError(f"{path} was trained on {name}, which does not exist now: {how}")
 
 
 def check_kind(dataset: Any) -> None:
@@ -151,7 +161,7 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
     if metrics["nll"] is None:
         print("These figures are not likelihoods: some targets are outside the likelihood's support (gray pixels, say)")
     print(f"  neg_elbo        {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
-    print(f"    reconstruction{metrics['reconstruction']:8.2f}")
+    print(f"    reconstruction {metrics['reconstruction']:7.2f}")
     kls = sorted(metrics["kl_per_latent"] or [], reverse=True)
     how = "by latent, sorted:" if kls else "estimated from one draw per image (no closed form available)"
     print(f"    kl            {metrics['kl']:8.2f}, {how}")
@@ -225,7 +235,9 @@ def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | No
     """
     from PIL import Image
 
-    classes = dataset.classes
+    classes, kind = dataset.classes, type(opened.model)
+    if label is not None and kind.prior is VAE.prior and kind.likelihood is VAE.likelihood:
+        raise UserError("--label is for a conditional model, which this is not")
     if label is not None and label not in classes:
         raise UserError(f"--label must be one of {', '.join(classes)}, not {label}")
     folder = opened.out_dir / "samples"
@@ -243,20 +255,23 @@ def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | No
 
 
 def compare_runs(runs: list[str], out_dir: str | Path) -> Path:
-    """Writes compared.png, with the runs' test losses. Each is named by the options in which they differ.
+    """Writes compared.png, with the runs' test losses. Each has its folder's name and the options in which they differ.
 
     Raises UserError for a file that is not a run, and OSError.
     """
     paths = [utils.checkpoint_path(run) for run in runs]
     checkpoints = [utils.read_checkpoint(path) for path in paths]
-    options = [checkpoint.get("options", {}) | {"class": checkpoint.get("class")} for checkpoint in checkpoints]
+    options = [
+        checkpoint.get("options", {}) | {"class": checkpoint.get("class", "VAE").rpartition(".")[2]}
+        for checkpoint in checkpoints
+    ]
     different = [name for name in options[0] if any(other.get(name) != options[0][name] for other in options)]
     histories = {}
     for path, checkpoint, given in zip(paths, checkpoints, options, strict=True):
         if not checkpoint.get("history"):
             raise UserError(f"{path} has no history of a training run")
         how = ", ".join(f"{name} {given.get(name)}" for name in different)
-        histories[how if how not in histories else f"{path.parent.name} {how}"] = checkpoint["history"]
+        histories[textwrap.fill(f"{path.parent.name}: {how}", 110)] = checkpoint["history"]
     path = Path(out_dir) / "compared.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(draw_comparison(histories), path)

@@ -196,7 +196,7 @@ class VAE(nn.Module):
     ):
         """likelihood is one of LIKELIHOODS; the logistic has one scale for each of the images' channels.
 
-        Raises ValueError for a size that is not a positive integer, or a name that is not one of those there are.
+        Raises ValueError for a size that is not a positive integer, or an unknown name.
         """
         super().__init__()
         sizes = {
@@ -301,7 +301,7 @@ class VAE(nn.Module):
         return self.decode(p.sample(() if p.batch_shape else (n,)), y)
 
     def _check(self, x: Tensor) -> Tensor:
-        """Returns x, or raises ValueError if it is not images for this model.
+        """Returns x, or raises ValueError unless it holds images of this model's size.
 
         Values are checked only on the CPU and uncompiled, where that costs next to nothing.
         """

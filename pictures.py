@@ -87,7 +87,9 @@ def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, captio
         axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _
     title = f"the first 40 of {num_classes} classes" if num_classes > 40 else None
     ncols, fontsize = (1, 10) if num_classes <= 20 else (2, 7)
-    axes.legend(title=title, ncols=ncols, fontsize=fontsize, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
+    if num_classes > 1:
+        axes.legend(title=title, ncols=ncols, fontsize=fontsize, **place)
     axes.set(xlabel=names[0], ylabel=names[1])
     return figure
 
@@ -100,13 +102,15 @@ def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> "Figure":
     kl, order = kl.mean(0).cpu().sort(descending=True)
     active = is_active(means).cpu()[order]
     title = f"KL of each latent dimension, over the test images\n{caption}"
-    figure, axes = _new_figure(max(8, 0.4 * len(kl)), 6, title)
+    figure, axes = _new_figure(min(max(8, 0.4 * len(kl)), 40), 6, title)
     for name, color, chosen in (("active", BLUE, active), ("not active", GRAY, ~active)):
         if chosen.any():
             bars = chosen.nonzero().flatten().tolist()
             axes.bar(bars, kl[chosen].tolist(), color=color, label=f"{name}: {len(bars)}")
-    axes.set_xticks(range(len(kl)), [str(i + 1) for i in order.tolist()], fontsize=7)
+    named = order.tolist() if len(kl) <= 50 else []  # there is room for no more
+    axes.set_xticks(range(len(named)), [str(i + 1) for i in named], fontsize=7)
     axes.set(xlabel="latent dimension, by its KL", ylabel="KL, nats per image", xlim=(-0.6, len(kl) - 0.4))
+    axes.set_ylim(0, max(0.1, 1.05 * kl.max().item()))  # a latent that is not used looks so
     axes.legend(frameon=False)
     return figure
 
@@ -192,7 +196,7 @@ def draw_comparison(histories: dict[str, list[dict[str, float]]]) -> "Figure":
     for (name, history), color in zip(histories.items(), class_colors(len(histories)), strict=True):
         for axes, column in zip(panels, ("test_loss", *TERMS), strict=True):
             _plot_column(axes, history, column, color, name)
-    figure.set_figheight(3 + 0.2 * len(histories))
+    figure.set_figheight(3 + 0.2 * sum(1 + name.count("\n") for name in histories))
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center")
     return figure
 
@@ -308,7 +312,7 @@ def draw_all(
 def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]:
     from matplotlib.figure import Figure  # not pyplot, which needs a backend
 
-    width = max(5, 0.5 * columns + 1.6)  # wide enough for the title
+    width = max(7, 0.5 * columns + 1.6)  # wide enough for the title
     figure = Figure(figsize=(width, 0.5 * rows + 1), layout="constrained")
     axes = figure.subplots()
     axes.set_title(verbatim(title), fontsize=10)

@@ -46,7 +46,7 @@ from utils import UserError, count, flag, number, rank_and_ranks, text
 
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second", "seconds")
 AVERAGES_PER_EPOCH = 50  # as good as averaging after every step, and nine times cheaper at 469 steps per epoch
-PLACES = ("data_dir", "out_dir")  # of this machine, so not kept in a checkpoint
+PLACES = ("data_dir", "out_dir")  # paths on this machine, which a checkpoint does not keep
 RESUMABLE = ("epochs", "dataset", "data_dir", "device", "compile", "precision")  # what --resume takes
 SIZES = (
     "hidden_size",
@@ -80,7 +80,7 @@ def _add_data_and_model_options(parser: utils.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     names = f"{', '.join(DATASETS[1:])}, or the path of a folder of images or of an .npz file"
     auto = "auto is mnist, or mnist-5k where mnist is unavailable"
-    modes = "dynamic: sampled pixels; threshold: gray input, black and white target; none: as they are"
+    modes = "dynamic: sampled pixels; threshold: gray input, black and white target; none: unchanged"
     by_data = "dynamic with the Bernoulli, none with the logistic"
     add("--dataset", type=text, default="auto", help=f"{names}; {auto}")
     add("--image-size", type=count, help="width and height of a folder's pictures (default: 28)")
@@ -424,6 +424,8 @@ def resume(
     """
     path, checkpoint, options = read_run(run, changes)
     epoch, history = checkpoint["epoch"], checkpoint["history"]
+    if dataset is None:
+        evaluate.check_place(options.dataset, path)
     dataset, model = set_up(options.dataset if dataset is None else dataset, model, options, on_epoch)
     model = utils.load_weights(checkpoint, path, model)
     check_model(model, dataset, options)

@@ -95,8 +95,10 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)  # it takes most of the time
     moved = folder.rename(tmp_path / "moved")
-    assert str(folder) in fails(evaluate.main, made)
-    assert str(folder) in fails(train.main, "--resume", made, "--epochs=4")
+    for main, *args in ((evaluate.main, made), (train.main, "--resume", made, "--epochs=4")):
+        message = fails(main, *args)
+        assert f"trained on {folder}, which does not exist now" in message
+        assert "--dataset" in message
     run(monkeypatch, evaluate.main, made, "--nll-samples=2", "--dataset", moved)
     run(monkeypatch, train.main, "--resume", made, "--epochs=4", "--dataset", moved)
     assert utils.load_checkpoint(made)[1]["epoch"] == 4

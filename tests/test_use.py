@@ -64,6 +64,7 @@ def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
     assert len(list((run / "samples").iterdir())) == 12
     call(run, "--samples", 2, "--out-dir", tmp_path / "other", "--draw-pixels")
     assert set(read(tmp_path / "other" / "samples").unique().tolist()) <= {0, 255}
+    assert "conditional" in fails(evaluate.main, run, "--samples", 3, "--label", "7", "--out-dir", tmp_path / "no")
     for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"]):
         assert "are for --samples" in fails(evaluate.main, run, *words)
     assert "--samples" in fails(evaluate.main, run, "--samples", 0)
@@ -144,7 +145,8 @@ def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypa
     assert (tmp_path / "pictures" / "compared.png").stat().st_size > 10_000
     (legend,) = figures[0].legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["lr 0.0015, seed 0", "lr 0.003, seed 0", "lr 0.003, seed 1"]
+    ends = ("lr 0.0015, seed 0", "lr 0.003, seed 0", "lr 0.003, seed 1")
+    assert names == [f"{run.name}: {end}" for run, end in zip(runs, ends, strict=True)]
     history = utils.read_checkpoint(runs[1])["history"]
     assert figures[0].axes[0].lines[1].get_ydata().tolist() == [row["test_loss"] for row in history]
     assert "no history" in fails(evaluate.main, "--compare", runs[0], Path(evaluate.__file__).parent / "weights/2d.pt")
