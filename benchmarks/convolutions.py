@@ -6,13 +6,9 @@ The tutorial's has four strided convolutions of 32 to 256 channels with batch no
 error, a DataLoader, unfused Adam, and loss.item() at every step. Ours runs in each precision, compiled or not.
 """
 
-import contextlib
-import io
 import sys
-import tempfile
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -21,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import step
-import train
 import utils
-from benchmarks.throughput import Measurement, print_speeds, take_turns
+from benchmarks.throughput import Measurement, print_speeds, second_epoch, take_turns
 from data import ImageData, load_dataset
 from experiments.convolutional import make_model
 
@@ -74,19 +69,8 @@ def tutorial(dataset: ImageData, batch_size: int) -> Measurement:
 
 def ours(dataset: ImageData, batch_size: int, **how: bool | str) -> Measurement:
     sizes = {"hidden_size": 256, "latent_size": LATENT_SIZE, "encoder_layers": 1, "activation": "silu"}
-
-    def measure() -> float:
-        with (
-            tempfile.TemporaryDirectory() as out_dir,
-            patch.object(train, "draw"),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            options = {"epochs": 2, "batch_size": batch_size, "out_dir": out_dir, "device": "cpu"} | sizes | how
-            _, history, _ = train.train(dataset, make_model, **options)
-        return history[-1]["seconds"]
-
-    return measure
+    options = {"batch_size": batch_size, "device": "cpu"} | sizes | how
+    return lambda: second_epoch(dataset=dataset, model=make_model, **options)
 
 
 @utils.command

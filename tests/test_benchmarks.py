@@ -5,13 +5,15 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import evaluate
+import step
 import train
 import utils
-from benchmarks import likelihood, throughput
+from benchmarks import convolutions, likelihood, throughput
 from data import ImageData, binarize
 from tests.conftest import processes
 
@@ -105,6 +107,29 @@ def test_scaling(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for axes, values in zip(figure.axes, sizes.values(), strict=True):
         assert [list(line.get_xdata()) for line in axes.lines] == [values] * 2
         assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
+    compiled, is_worth = [], throughput.measure.Program
+    monkeypatch.setattr(throughput.measure, "Program", lambda *args: compiled.append(args) or is_worth(*args))
+    seconds = measure("nll")["seconds"]
+    assert {name: len(passes) for name, passes in seconds.items()} == dict.fromkeys(seconds, 2)
+    assert len(compiled) == 3  # one row of three is compiled, in two passes and one to warm up
+    ratio = statistics.median(a / b for a, b in zip(seconds["nll"], seconds["matrix products"], strict=True))
+    assert f" {ratio:.2f} |" in capsys.readouterr().out
+
+
+def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys, fails: Callable):
+    images = np.random.default_rng(0).integers(0, 256, (60, 16, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images)
+    np.savez(tmp_path / "odd.npz", images=images[:, :9])
+    monkeypatch.setattr(step, "bfloat16_units", set)
+    monkeypatch.setattr("sys.argv", ["convolutions.py", f"--dataset={tmp_path / 'mine.npz'}", "--repeats=1"])
+    convolutions.main()
+    rows = [line.split(" | ")[0][2:] for line in capsys.readouterr().out.splitlines() if line.startswith("| t")]
+    how = "train.py --precision highest"
+    assert rows == ["tutorial", "train.py", how, f"{how} --compile"]
+    assert "multiples of 16" in fails(convolutions.main, "--dataset", tmp_path / "odd.npz")
 
 
 @pytest.mark.parametrize(
