@@ -49,6 +49,7 @@ class ImageData:
     test_images: Tensor
     test_labels: Tensor
     num_held_out: int = 0  # if not 0, the test images are training images that hold_out put aside
+    test_names: list[str] | None = None  # of the test images' files, where there are files
 
     def __post_init__(self) -> None:
         if not all(isinstance(text, str) for text in (self.name, *self.classes)):
@@ -272,7 +273,7 @@ def read_pictures(path: Path, image_size: int, channels: int | None = None) -> P
 
 def _load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
     """Reads a folder or an .npz file. Sets about a tenth of the images aside for testing unless a folder is split."""
-    images, labels, _, is_test = read_pictures(path, image_size, channels)
+    images, labels, names, is_test = read_pictures(path, image_size, channels)
     name = _printable(path.resolve().name if path.is_dir() else path.stem)
     num_test = int(is_test.sum())
     if not 2 <= num_test <= len(images) - 2:
@@ -286,7 +287,8 @@ def _load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
         how = "multiply by 255" if brightest == 1 else "scale them so that white is 255, or 65,535 in 16-bit pictures"
         what = f"the training images of {name} are almost black: their brightest value is {brightest} of 255"
         print(f"warning: {what}; {how}", file=sys.stderr)
-    return ImageData(name, list(map(str, classes)), *parts)
+    test_names = [names[i] for i in is_test.nonzero().flatten().tolist()]
+    return ImageData(name, list(map(str, classes)), *parts, test_names=test_names)
 
 
 def _choose_test_images(names: Iterable[bytes]) -> Tensor:

@@ -195,6 +195,7 @@ def save_encoded(
     if dataset is None or dataset in DATASETS:
         data = open_test_data(model, opened.checkpoint, opened.path, data_dir, dataset, hold_out)
         images, y, classes = data.test_images, data.test_labels, data.classes
+        arrays |= {"name": np.array(data.test_names)} if data.test_names else {}
     else:
         pictures = read_pictures(Path(dataset), image_size_of(model), model.config["channels"])
         classes, y = np.unique(pictures.labels, return_inverse=True)

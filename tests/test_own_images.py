@@ -89,6 +89,11 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     metrics = json.loads((made / "metrics.json").read_text())
     assert metrics["dataset"] == "my shapes"
     assert metrics["num_images"] == len(load_dataset(str(folder)).test_images)
+    run(monkeypatch, evaluate.main, made, "--save", tmp_path / "codes.npz")
+    codes = np.load(tmp_path / "codes.npz")
+    assert len(codes["name"]) == metrics["num_images"]
+    assert all((folder / name).is_file() for name in codes["name"])
+    assert [name.split("/")[0] for name in codes["name"]] == codes["label"].tolist()
     drawn = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage", "manifold"}
     drawn |= {"traversals", "least_likely"}
     assert pictures(made) == drawn
