@@ -674,10 +674,11 @@ def epoch_line(row: dict[str, float], options: Namespace, dataset: ImageData, is
     label = "" if is_likelihood else "  (gray targets: no likelihood)"
     if is_likelihood and options.binarize == "none":
         label = f"  ({measure.bits_per_dim(row['test_loss'], dataset.input_size):.3f} bits per dimension)"
+    width = 8 if options.binarize == "none" else 6  # sums over pixels of 256 levels are larger
     return (
-        f"epoch {row['epoch']:{len(str(options.epochs))}d}/{options.epochs}  train {row['train_loss']:7.2f}  "
-        f"test {row['test_loss']:7.2f} = reconstruction {row['test_reconstruction']:6.2f} + "
-        f"KL {row['test_kl']:5.2f}  {row['images_per_second']:9,.0f} images/s{label}"
+        f"epoch {row['epoch']:{len(str(options.epochs))}d}/{options.epochs}  train {row['train_loss']:{width + 1}.2f}  "
+        f"test {row['test_loss']:{width + 1}.2f} = reconstruction {row['test_reconstruction']:{width}.2f} + "
+        f"KL {row['test_kl']:{width - 1}.2f}  {row['images_per_second']:9,.0f} images/s{label}"
     )
 
 
