@@ -267,12 +267,12 @@ def compare_runs(runs: list[str], out_dir: str | Path) -> Path:
         for checkpoint in checkpoints
     ]
     different = [name for name in options[0] if any(other.get(name) != options[0][name] for other in options)]
-    histories = {}
+    histories = []
     for path, checkpoint, given in zip(paths, checkpoints, options, strict=True):
         if not checkpoint.get("history"):
             raise UserError(f"{path} has no history of a training run")
         how = ", ".join(f"{name} {given.get(name)}" for name in different)
-        histories[textwrap.fill(f"{path.parent.name}: {how}", 110)] = checkpoint["history"]
+        histories.append((textwrap.fill(f"{path.parent.name}: {how}", 110), checkpoint["history"]))
     path = Path(out_dir) / "compared.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(draw_comparison(histories), path)

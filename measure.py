@@ -16,7 +16,7 @@ from step import Program, choose_precision, is_worth_compiling, matmul_precision
 from utils import UserError
 
 NLL_SAMPLES = 100
-SAMPLES = 10  # at once: so few that a batch's logits stay in a CPU's cache
+BATCH_SIZE, SAMPLES = 50, 10  # of nll, at once: so few that their logits stay in a CPU's cache
 
 
 class Examples(NamedTuple):
@@ -76,32 +76,45 @@ def posterior_means(model: VAE, test_set: Examples, batch_size: int = 1000) -> t
 
 @in_eval_mode
 def estimate_nll(
-    model: VAE, test_set: Examples, num_samples: int = NLL_SAMPLES, seed: int = 0, batch_size: int = 50
+    model: VAE,
+    test_set: Examples,
+    num_samples: int = NLL_SAMPLES,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    program: Program | None = None,
 ) -> Tensor:
-    """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,) nats. Reseeds PyTorch."""
+    """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,) nats. Reseeds PyTorch.
+
+    program is compile_nll's. By default, it is compiled here if that pays.
+    """
     torch.manual_seed(seed)
     device, nll = test_set.inputs.device, []
+    program = program or compile_nll(model, device, len(test_set.labels), num_samples)
     batches = list(zip(*(part.split(batch_size) for part in test_set), strict=True))
-
-    def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
-        """The log of the sum of SAMPLES importance weights: (B,)."""
-        return model.log_importance_weights(q, p, targets, SAMPLES, y).logsumexp(0)
-
-    program = None
-    if is_worth_compiling(device, 1, len(batches) * num_samples // SAMPLES):
-        program = Program(weigh, "nll cannot be compiled; it takes longer, with the same result")
     with matmul_precision(choose_precision(device, SAMPLES * batch_size), device):
         for inputs, targets, y in tqdm(batches, desc="nll", unit=" batches", leave=False, disable=None):
             q, p = model.posterior(inputs, y), model.prior(y)
             total = torch.tensor(-math.inf, device=device)  # the log of the sum of all weights so far
-            for _ in range(num_samples // SAMPLES):
-                some = program(q, p, targets, y) if program and len(y) == batch_size else None
-                total = torch.logaddexp(total, weigh(q, p, targets, y) if some is None else some)
-            if left := num_samples % SAMPLES:
-                log_weights = model.log_importance_weights(q, p, targets, left, y)
-                total = torch.logaddexp(total, log_weights.logsumexp(0))
+            for start in range(0, num_samples, SAMPLES):
+                n = min(SAMPLES, num_samples - start)
+                is_whole = n == SAMPLES and len(y) == BATCH_SIZE
+                some = program(q, p, targets, y) if program and is_whole else None
+                if some is None:
+                    some = model.log_importance_weights(q, p, targets, n, y).logsumexp(0)
+                total = torch.logaddexp(total, some)
             nll.append(math.log(num_samples) - total)
     return torch.cat(nll)
+
+
+def compile_nll(model: VAE, device: torch.device, num_images: int, num_samples: int) -> Program | None:
+    """The log of the sum of SAMPLES importance weights of BATCH_SIZE images, as one program, if compiling pays."""
+
+    def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
+        return model.log_importance_weights(q, p, targets, SAMPLES, y).logsumexp(0)
+
+    if not is_worth_compiling(device, 1, num_images * num_samples // (BATCH_SIZE * SAMPLES)):
+        return None
+    return Program(weigh, "nll cannot be compiled; it takes longer, with the same result")
 
 
 @in_eval_mode
@@ -150,6 +163,7 @@ def evaluate(
 
 
 def compute_metrics(model: VAE, test_set: Examples, binarize: str, nll_samples: int, seed: int) -> dict[str, Any]:
+    """What evaluate returns, of images that are binarized already."""
     if not isinstance(nll_samples, int) or nll_samples < 1:
         raise UserError(f"nll_samples must be a whole number, 1 or more, not {nll_samples}")
     torch.manual_seed(seed)
@@ -185,10 +199,13 @@ def encode_images(
     memory for the floats of one batch. Reseeds PyTorch.
     """
     device, generator, parts = next(model.parameters()).device, torch.Generator().manual_seed(0), []
+    program = compile_nll(model, device, len(images), nll_samples)
     for i, (batch, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
         inputs, targets = binarize(batch.cpu(), mode, generator)
         examples = Examples(inputs.to(device), targets.to(device), y.to(device))
-        nll = estimate_nll(model, examples, nll_samples, seed + i) if is_likelihood(model, examples) else None
+        nll = None
+        if is_likelihood(model, examples):
+            nll = estimate_nll(model, examples, nll_samples, seed + i, program=program)
         q, (reconstruction, kl) = model.posterior(examples.inputs, examples.labels), elbo_terms(model, examples)
         part = {"mu": q.mean, "logvar": getattr(q, "logvar", None), "neg_elbo": reconstruction + kl, "nll": nll}
         parts.append({name: value.cpu() for name, value in part.items() if value is not None})

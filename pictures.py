@@ -190,13 +190,13 @@ def draw_curves(history: list[dict[str, float]], caption: str) -> "Figure":
     return figure
 
 
-def draw_comparison(histories: dict[str, list[dict[str, float]]]) -> "Figure":
-    """The test loss and its two terms over the epochs, of several runs by their names."""
-    figure, panels = _new_panels("Test set, after each epoch", max(map(len, histories.values())))
-    for (name, history), color in zip(histories.items(), class_colors(len(histories)), strict=True):
+def draw_comparison(histories: list[tuple[str, list[dict[str, float]]]]) -> "Figure":
+    """The test loss and its two terms over the epochs, of several runs with their names."""
+    figure, panels = _new_panels("Test set, after each epoch", max(len(history) for _, history in histories))
+    for (name, history), color in zip(histories, class_colors(len(histories)), strict=True):
         for axes, column in zip(panels, ("test_loss", *TERMS), strict=True):
             _plot_column(axes, history, column, color, name)
-    figure.set_figheight(3 + 0.2 * sum(1 + name.count("\n") for name in histories))
+    figure.set_figheight(3 + 0.2 * sum(1 + name.count("\n") for name, _ in histories))
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center")
     return figure
 

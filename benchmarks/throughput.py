@@ -257,7 +257,7 @@ def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     images, labels, num_samples = dataset.train_images[:1000], dataset.train_labels[:1000], 1000
     model = train.make_vae(dataset, args).to(args.device).requires_grad_(False)
     test_set = measure.Examples(*data.binarize_test_set(images.to(args.device), "dynamic"), labels.to(args.device))
-    rows = measure.SAMPLES * 50
+    rows = measure.SAMPLES * measure.BATCH_SIZE
     precision = step.choose_precision(torch.device(args.device), rows)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     weights = [layer.weight.to(dtype) for layer in model.decoder.children()]
