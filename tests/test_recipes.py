@@ -34,6 +34,10 @@ def test_published_recipes_are_what_was_published():
         | {"activation": "tanh", "init": "burda2016", "binarize": None, "objective": "elbo"}
         | {"batch_size": 20, "lr": 1e-3, "lr_schedule": "burda2016", "adam_eps": 1e-4}
         | {"epochs": sum(3**i for i in range(8))},
+        "burda2016-two-layers": {"hidden_size": 200, "latent_size": 150, "encoder_layers": 2, "decoder_layers": 2}
+        | {"activation": "tanh", "init": "burda2016", "binarize": None, "objective": "elbo"}
+        | {"batch_size": 20, "lr": 1e-3, "lr_schedule": "burda2016", "adam_eps": 1e-4}
+        | {"epochs": sum(3**i for i in range(8))},
         "original": {"hidden_size": 512, "latent_size": 20, "encoder_layers": 2, "decoder_layers": 1}
         | {"activation": "relu", "binarize": "threshold", "batch_size": 64, "lr": 1e-3, "lr_schedule": "constant"}
         | {"adam_eps": 1e-8, "epochs": 20},
