@@ -5,7 +5,6 @@ import json
 import math
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,27 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import data
 import evaluate
+import pictures
 import train
 import utils
 from data import ImageData
 from experiments import conditional, convolutional, vampprior
+from experiments.flow_posterior import FlowPosteriorVAE
+from experiments.flow_prior import FlowPriorVAE
+from experiments.two_layers import TwoLayerVAE
 from step import matmul_precision
 from tests.conftest import not_windows, run_ranks, thinned
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("conditional", "convolutional", "vampprior")
+MODELS = {
+    "conditional": conditional.make_model,
+    "convolutional": convolutional.make_model,
+    "flow_posterior": FlowPosteriorVAE,
+    "flow_prior": FlowPriorVAE,
+    "two_layers": TwoLayerVAE,
+    "vampprior": vampprior.make_model,
+}
+WITH_CLOSED_FORM = ("conditional", "convolutional")  # of the KL
 SMALL = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=16", "--latent-size=2", "--batch-size=100", "--device=cpu"]
 
 
@@ -127,7 +138,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return utils.read_checkpoint(run)["training_weights"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Trains, evaluates, and resumes to the weights of a run that was not interrupted."""
     call(monkeypatch, name, *SMALL, "--out-dir", tmp_path, "--nll-samples=3")
@@ -138,10 +149,11 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert metrics["binarize"] == "dynamic"
     names = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "manifold"}
     names |= {"traversals", "least_likely"}
-    names |= set() if name == "vampprior" else {"latent_usage"}
+    names |= {"latent_usage"} if name in WITH_CLOSED_FORM else set()
     assert {path.stem for path in run.glob("*.png")} == names
     assert " nll " in capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)  # which takes most of the time
+    for module in (evaluate, pictures):  # which takes most of the time
+        monkeypatch.setattr(module, "save_figure", lambda *args: None)
     call(monkeypatch, name, "--resume", run, "--epochs=2", "--nll-samples=2")
     call(monkeypatch, name, *SMALL, "--epochs=2", "--out-dir", tmp_path, "--nll-samples=1")
     straight = weights(utils.newest_run(tmp_path))
@@ -151,12 +163,12 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "already trained for 2 epochs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("make_model", [conditional.make_model, convolutional.make_model, vampprior.make_model])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("quick_compiler")
-def test_is_compiled(make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_is_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 1, "hidden_size": 16, "latent_size": 2, "batch_size": 100, "out_dir": tmp_path}
-    train.train("mnist-5k", make_model, **options, compile=True)
+    train.train("mnist-5k", MODELS[name], **options, compile=True)
     assert utils.read_checkpoint(tmp_path)["options"]["compile"], capsys.readouterr().err
 
 
