@@ -86,21 +86,29 @@ class Program:
 
     def __init__(self, function: Callable[..., Tensor], warning: str):
         function.__code__ = function.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
-        self.compiled = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        self.warning, self.is_first, self.has_failed = warning, True, False
+        self.compile = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
+        self.compiled: Callable[..., Tensor] | None = None
+        self.warning, self.has_failed = warning, False
 
     def __call__(self, *args: Any) -> Tensor | None:
         if self.has_failed:
             return None
         try:
-            result = self.compiled(*args)
+            return self.compiled(*args) if self.compiled else self._compile(args)
         except Exception as error:  # of many kinds, from PyTorch and from the compiler
             self.has_failed = True
             tqdm.write(f"warning: {self.warning} ({type(error).__name__}: {one_line(error)[:200]})", file=sys.stderr)
             return None
-        if self.is_first:
-            self.compiled, self.is_first = torch.compiler.set_stance("fail_on_recompile")(self.compiled), False
-        return result
+
+    def _compile(self, args: tuple[Any, ...]) -> Tensor:
+        """Compiles the function, and calls it for the first time."""
+        try:
+            self.compiled = self.compile.aot_compile((args, {}))  # spares each call the search for its program
+        except Exception:  # local classes, among others, cannot be compiled ahead of time
+            result = self.compile(*args)
+            self.compiled = torch.compiler.set_stance("fail_on_recompile")(self.compile)
+            return result
+        return self.compiled(*args)
 
 
 class CompiledStep:
@@ -169,7 +177,7 @@ class CompiledStep:
     def _try(self, batch: Tensor, rates: Tensor) -> Tensor | None:
         """Runs the program. Returns None if it fails."""
         images = self.images.index_select(0, batch)
-        bits = draw_bits(images.shape, images.device) if self.binarization == "dynamic" else None
+        bits = draw_bits(images.shape, images.device).float() if self.binarization == "dynamic" else None  # not int16,
         corrections = (1 - self.betas ** (self.adam[0]["step"] + 1)).float()
         y, state = self.labels.index_select(0, batch), (self.weights, self.buffers, self.adam)
         with torch.no_grad():

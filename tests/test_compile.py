@@ -195,7 +195,7 @@ def test_a_step_that_no_longer_fits_is_not_compiled_again(small: ImageData, tmp_
 
     monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, fullgraph=True, dynamic=False, backend=backend))
     trained(Counts, small, tmp_path, epochs=4, compile=True)
-    assert len(programs) == 1
+    assert len(programs) == 2  # ahead of time, which this backend cannot do, and at the first call
 
 
 def test_it_takes_adams_epsilon_from_the_options(small: ImageData, tmp_path: Path, quick_compiler: None):
