@@ -67,15 +67,21 @@ class DiagonalNormal(Distribution):
         return -0.5 * (eps**2 + self.logvar + math.log(2 * math.pi)).sum(-1)
 
 
-class BernoulliPixels(Bernoulli):
-    """Bernoulli from torch.distributions, for logits (...), with a log_prob that is several times faster on a CPU."""
+class BernoulliPixels(Independent):
+    """One Bernoulli for each pixel, for logits (..., D): torch.distributions' own, with a log_prob that is much faster."""
 
     def __init__(self, logits: Tensor):
-        super().__init__(logits=logits, validate_args=False)
+        super().__init__(Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(...) in [0, 1] -> (...): x logit - log(1 + exp(logit))."""
-        return x * self.logits + _log_sigmoid(-self.logits)
+        """(..., D) in [0, 1] -> (...): the sum of x logit - log(1 + exp(logit))."""
+        logits = self.base_dist.logits
+        size = logits.abs()
+        normalizer = 1 + torch.exp(-size)
+        while not torch.is_grad_enabled() and normalizer.shape[-1] % 2 == 0 and normalizer.shape[-1] > 32:
+            first, last = normalizer.chunk(2, -1)
+            normalizer = first * last  # logarithms of products are fewer; with gradients they would take longer
+        return ((x - 0.5) * logits - 0.5 * size).sum(-1) - torch.log(normalizer).sum(-1)
 
 
 class DiscretizedLogistic(Distribution):
@@ -241,11 +247,10 @@ class VAE(nn.Module):
         in the decoder's output, with the slope of the sigmoid at 0, so that it can lie beyond 0 and 1.
         """
         logits = _at_least_float32(self.decoder.logits(z))
-        pixels: Distribution = BernoulliPixels(logits)
-        if self.config["likelihood"] == "logistic":
-            log_scale = self.log_scale.repeat_interleave(logits.shape[-1] // len(self.log_scale))
-            pixels = DiscretizedLogistic(0.5 + 0.25 * logits, log_scale)
-        return Independent(pixels, 1, validate_args=False)
+        if self.config["likelihood"] == "bernoulli":
+            return BernoulliPixels(logits)
+        log_scale = self.log_scale.repeat_interleave(logits.shape[-1] // len(self.log_scale))
+        return Independent(DiscretizedLogistic(0.5 + 0.25 * logits, log_scale), 1, validate_args=False)
 
     # What follows from them
 
