@@ -5,6 +5,7 @@
     python benchmarks/throughput.py scaling         # cost against batch size, hidden size and number of images
     python benchmarks/throughput.py results         # test losses of whole runs, with all tricks and with none
     python benchmarks/throughput.py nll             # an estimate of nll, compiled or not, and its matrix products alone
+    python benchmarks/throughput.py race            # the time until the test loss is 100, then 97.5; nll with a recipe
 
 JAX's row needs pip install jax optax. The loops take turns, so a machine whose speed drifts is fair to all of them. The
 figures are medians.
@@ -15,6 +16,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
 import signal
 import statistics
@@ -42,14 +44,17 @@ import pictures
 import step
 import train
 import utils
-from model import loss_criterion
+from model import VAE, loss_criterion
 from pictures import BLUE, GRAY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OPTIONS = ("dataset", "data_dir", "batch_size", *train.SIZES, "epochs", "device")  # those of train.py
+RECIPES = Path(__file__).parent.parent / "recipes"
 Measurement = Callable[[], float]  # -> the seconds of one pass over the images
+Weights = Callable[[], dict[str, Tensor]]  # -> the model's, as they are after the passes so far
+Loop = tuple[Measurement, Weights]
 Seconds = dict[str, list[float]]  # of each loop's passes
 
 
@@ -57,14 +62,18 @@ Seconds = dict[str, list[float]]  # of each loop's passes
 # The loops
 
 
-def conventional(dataset: data.ImageData, args: Namespace) -> Measurement:
-    """The loop as tutorials have it: a DataLoader of PIL images, Adam unfused, the loss read at every step."""
+def conventional(dataset: data.ImageData, args: Namespace) -> Loop:
+    """The loop as tutorials have it: a DataLoader of PIL images, Adam unfused, the loss read at every step.
+
+    Its pixels are gray, except in a race, whose losses are of binarized images.
+    """
     from torchvision import datasets, transforms
 
     class Images(datasets.MNIST):
         def __init__(self) -> None:  # reads no file; the rest is torchvision's
             self.data, self.targets = dataset.train_images.squeeze(1), dataset.train_labels
-            self.transform, self.target_transform = transforms.ToTensor(), None
+            binarize = [torch.bernoulli] if args.benchmark == "race" else []
+            self.transform, self.target_transform = transforms.Compose([transforms.ToTensor(), *binarize]), None
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=args.batch_size, shuffle=True)
     model = train.make_vae(dataset, args).to(args.device)
@@ -82,10 +91,10 @@ def conventional(dataset: data.ImageData, args: Namespace) -> Measurement:
             total += loss.item()
         return time.perf_counter() - start
 
-    return measure
+    return measure, model.state_dict
 
 
-def jax_scan(dataset: data.ImageData, args: Namespace) -> Measurement:
+def jax_scan(dataset: data.ImageData, args: Namespace) -> Loop:
     """The same model, batches, binarization and Adam in JAX (optax): the epoch is one jitted scan over its steps."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -138,23 +147,23 @@ def jax_scan(dataset: data.ImageData, args: Namespace) -> Measurement:
         losses.block_until_ready()
         return (time.perf_counter() - start) * len(images) / (len(images) // size * size)
 
-    return measure
+    return measure, lambda: {name: torch.tensor(weight.__array__().T) for name, weight in carry[0].items()}
 
 
-def apart(loop: Callable[..., Measurement], dataset: data.ImageData, args: Namespace) -> Measurement:
+def apart(loop: Callable[..., Loop], dataset: data.ImageData, args: Namespace) -> Loop:
     """A loop in a process of its own, without our settings: PyTorch, for example, does not flush denormals there."""
     process = ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"), _start, (loop, dataset, args))
-    return lambda: process.submit(_measure).result()
+    return lambda: process.submit(_call, 0).result(), lambda: process.submit(_call, 1).result()
 
 
-def _start(loop: Callable[..., Measurement], dataset: data.ImageData, args: Namespace) -> None:
+def _start(loop: Callable[..., Loop], dataset: data.ImageData, args: Namespace) -> None:
     global _loop
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     _loop = loop(dataset, args)
 
 
-def _measure() -> float:
-    return _loop()
+def _call(i: int) -> Any:
+    return _loop[i]()
 
 
 def ours(dataset: data.ImageData, args: Namespace) -> Measurement:
@@ -165,15 +174,22 @@ def ours(dataset: data.ImageData, args: Namespace) -> Measurement:
 
 
 def second_epoch(**arguments: Any) -> float:
-    """The seconds of train.train's second epoch, without its lines and pictures."""
+    """The seconds of train.train's second epoch."""
+    with silence() as out_dir:
+        _, history, _ = train.train(**arguments | {"epochs": 2, "out_dir": out_dir})
+    return history[-1]["seconds"]
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[str]:
+    """Runs train.train without its lines and pictures -> a folder for its run."""
     with (
         tempfile.TemporaryDirectory() as out_dir,
         patch.object(train, "draw"),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        _, history, _ = train.train(**arguments | {"epochs": 2, "out_dir": out_dir})
-    return history[-1]["seconds"]
+        yield out_dir
 
 
 def train_options(args: Namespace) -> Namespace:
@@ -233,11 +249,7 @@ def print_speeds(title: str, seconds: Seconds, dataset: data.ImageData) -> tuple
 
 def compare(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     """The conventional loop, JAX on a CPU, train.py and its matrix products alone."""
-    rivals = {"conventional": apart(conventional, dataset, args)}
-    if missing := [package for package in ("jax", "optax") if not importlib.util.find_spec(package)]:
-        print(f"no row for JAX, because a package is missing: pip install {' '.join(missing)}")
-    elif args.device == "cpu":
-        rivals["JAX"] = apart(jax_scan, dataset, args)
+    rivals = {name: loop[0] for name, loop in start_rivals(dataset, args).items()}
     has_bfloat16 = args.device != "cpu" or step.bfloat16_units()  # without, such products take many times longer
     precisions = step.PRECISIONS if has_bfloat16 else ("highest", "medium")
     floors = {f"matrix products ({name})": matrix_products(dataset, args, name) for name in precisions}
@@ -250,6 +262,77 @@ def compare(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
         speeds = {name: speeds[name] for name in (*rivals, "train.py", floor)}
         pictures.save_figure(draw_speeds(speeds, describe(args)), Path(args.picture))
     return {"seconds": seconds, "times": times, "floor": floor}
+
+
+def start_rivals(dataset: data.ImageData, args: Namespace) -> dict[str, Loop]:
+    """The conventional loop and, on a CPU, JAX, each in its own process."""
+    rivals = {"conventional": apart(conventional, dataset, args)}
+    if missing := [package for package in ("jax", "optax") if not importlib.util.find_spec(package)]:
+        print(f"no row for JAX, because a package is missing: pip install {' '.join(missing)}")
+    elif args.device == "cpu":
+        rivals["JAX"] = apart(jax_scan, dataset, args)
+    return rivals
+
+
+def race(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
+    """The time that each loop takes to test losses of 100 and 97.5, and its nll in the time that --recipe takes.
+
+    The rivals have Adam's usual step size of 1e-3. train.py's time includes compilation and its tests, but no pictures.
+    """
+    goals = (100.0, 97.5)
+    curves, _, _ = take_race(dataset, args, vars(train_options(args)), goals[-1])
+    print(f"| loop | {' | '.join(f'seconds to a test loss of {goal:g}' for goal in goals)} |\n| --- | --- | --- |")
+    for name, curve in curves.items():
+        reached = (next((f"{seconds:.0f}" for seconds, loss in curve if loss <= goal), None) for goal in goals)
+        print(f"| {name} | {' | '.join(time or f'not in {curve[-1][0]:.0f}' for time in reached)} |")
+    options = train.parse_given(train.make_parser(), [f"@{RECIPES / args.recipe}.txt"])
+    options |= {name: getattr(args, name) for name in ("dataset", "data_dir", "device")}
+    sizes = Namespace(**vars(args) | vars(train.make_options(**options)))
+    _, models, seconds = take_race(dataset, sizes, options)
+    print(f"| loop | nll after {seconds:.0f} s, with the sizes of {args.recipe} |\n| --- | --- |")
+    nlls = {
+        name: evaluate.evaluate(model, dataset.test_images, nll_samples=5000)["nll"] for name, model in models.items()
+    }
+    print(*(f"| {name} | {value:.2f} |" for name, value in nlls.items()), sep="\n")
+    return {"curves": curves, "nll": nlls}
+
+
+def take_race(
+    dataset: data.ImageData, args: Namespace, options: dict[str, Any], goal: float | None = None, patience: float = 10
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, VAE], float]:
+    """Trains all loops in turn -> seconds and test losses after every epoch, models, and train.py's seconds.
+
+    While train.py runs, the others are given the same time. Then they go on to the goal, or to `patience` times that.
+    """
+    rivals = start_rivals(dataset, Namespace(**vars(args) | {"lr": 1e-3}))
+    test_set = measure.make_test_set(dataset, "dynamic", args.device)
+    models = {name: train.make_vae(dataset, args).to(args.device) for name in rivals}
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in (*rivals, "train.py")}
+    start, paused = time.perf_counter(), 0.0
+
+    def go_on(name: str, until: float, goal: float = -math.inf) -> None:
+        run_epoch, weights = rivals[name]
+        while not curves[name] or (curves[name][-1][0] < until and curves[name][-1][1] > goal):
+            seconds = run_epoch() + (curves[name][-1][0] if curves[name] else 0)
+            models[name].load_state_dict(weights())
+            curves[name].append((seconds, sum(train.compute_test_losses(models[name], test_set)[1:])))
+
+    def on_epoch(model: VAE, history: train.History) -> None:
+        nonlocal paused
+        pause = time.perf_counter()
+        curves["train.py"].append((pause - start - paused, history[-1]["test_loss"]))
+        for name in rivals:
+            go_on(name, until=curves["train.py"][-1][0])
+        paused += time.perf_counter() - pause
+
+    with silence() as out_dir:
+        changes = {"dataset": dataset, "out_dir": out_dir}
+        models["train.py"], _, _ = train.train(**options | changes, on_epoch=on_epoch)
+    finish = curves["train.py"][-1][0]
+    if goal:
+        for name in rivals:
+            go_on(name, patience * finish, goal)
+    return curves, models, finish
 
 
 def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
@@ -368,7 +451,7 @@ def scaling(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     for name, value in ((name, value) for name, values in sizes.items() for value in values):
         case = Namespace(**vars(args) | {"images": 6000} | {name: value})
         images = first_images(dataset, case.images)
-        loops = {"conventional": apart(conventional, images, case), "train.py": ours(images, case)}
+        loops = {"conventional": apart(conventional, images, case)[0], "train.py": ours(images, case)}
         for loop, passes in take_turns(loops, args.repeats).items():
             seconds[name][loop].append(statistics.median(passes))
         print(f"{name} {value}: {', '.join(f'{loop} {s[-1]:.3f} s' for loop, s in seconds[name].items())}")
@@ -417,10 +500,11 @@ def describe(args: Namespace) -> str:
 @utils.command
 def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
-    benchmarks, add = {run.__name__: run for run in (compare, tricks, scaling, results, nll)}, parser.add_argument
-    add("benchmark", nargs="?", choices=benchmarks, default="compare", help="one of the five above")
+    benchmarks, add = {run.__name__: run for run in (compare, tricks, scaling, results, nll, race)}, parser.add_argument
+    add("benchmark", nargs="?", choices=benchmarks, default="compare", help="one of the six above")
     add("--images", type=utils.count, metavar="N", help="train on the first N images (default: all)")
     add("--repeats", type=utils.count, default=3, metavar="N", help="passes of each loop; for results, seeds")
+    add("--recipe", default="one-minute", help="the recipe of the race for nll")
     add("--json", metavar="FILE", help="where to write all that was measured")
     add("--picture", metavar="FILE", help="where compare and scaling draw a picture")
     for name in OPTIONS:

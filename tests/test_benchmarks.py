@@ -1,7 +1,9 @@
 """The benchmarks run, and their figures are those of what they say they measure."""
 
+import itertools
 import json
 import statistics
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,9 +116,43 @@ def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler:
     monkeypatch.setattr(throughput.measure, "Program", lambda *args: compiled.append(args) or is_worth(*args))
     seconds = measure("nll")["seconds"]
     assert {name: len(passes) for name, passes in seconds.items()} == dict.fromkeys(seconds, 2)
-    assert len(compiled) == 3  # one row of three is compiled, in two passes and one to warm up
+    assert len(compiled) == 1  # one row of three is compiled, before its passes
     ratio = statistics.median(a / b for a, b in zip(seconds["nll"], seconds["matrix products"], strict=True))
     assert f" {ratio:.2f} |" in capsys.readouterr().out
+
+
+def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """A rival is given as much time as train.py at least, and then goes on to the goal."""
+    (tmp_path / "tiny.txt").write_text("--epochs 2 --hidden-size 8 --latent-size 3")
+    monkeypatch.setattr(throughput, "RECIPES", tmp_path)
+    rates, sizes = [], []
+
+    def start_rivals(dataset: ImageData, args: Namespace) -> dict[str, throughput.Loop]:
+        rates.append(args.lr)
+        losses = itertools.count(149, -1)
+        monkeypatch.setattr(  # the models of rivals are left in training mode
+            train, "compute_test_losses", lambda model, _: (99.5, next(losses) if model.training else 99.0, 0.5)
+        )
+        return {"rival": (lambda: 0.05, train.make_vae(dataset, args).state_dict)}
+
+    def evaluate_model(model: train.VAE, images: torch.Tensor, nll_samples: int) -> dict[str, float]:
+        sizes.append(model.config["latent_size"])
+        return {"nll": 88.0 + model.training}
+
+    monkeypatch.setattr(throughput, "start_rivals", start_rivals)
+    monkeypatch.setattr(throughput.evaluate, "evaluate", evaluate_model)
+    measured = measure("race", "--recipe=tiny", "--epochs=3")
+    ours, theirs = measured["curves"]["train.py"], measured["curves"]["rival"]
+    assert [loss for _, loss in ours] == [99.5] * 3
+    assert 0 < ours[0][0] < ours[1][0] < ours[2][0] <= theirs[-1][0]
+    assert theirs[52] == [pytest.approx(53 * 0.05), 97.5]
+    assert (len(theirs) == 53) == (ours[2][0] <= 53 * 0.05)
+    printed = capsys.readouterr().out
+    assert "| rival | 2 | 3 |" in printed  # a loss of 100 or less after 50 passes, and of 97.5 after 53
+    assert f"| train.py | {ours[0][0]:.0f} | not in {ours[2][0]:.0f} |" in printed
+    assert measured["nll"] == {"rival": 89.0, "train.py": 88.0}
+    assert rates == [1e-3] * 2
+    assert sizes == [3, 3]
 
 
 def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys, fails: Callable):
