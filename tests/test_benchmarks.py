@@ -129,11 +129,11 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def start_rivals(dataset: ImageData, args: Namespace) -> dict[str, throughput.Loop]:
         rates.append(args.lr)
-        losses = itertools.count(149, -1)
+        losses = itertools.count(104, -1)
         monkeypatch.setattr(  # the models of rivals are left in training mode
             train, "compute_test_losses", lambda model, _: (99.5, next(losses) if model.training else 99.0, 0.5)
         )
-        return {"rival": (lambda: 0.05, train.make_vae(dataset, args).state_dict)}
+        return {"rival": (lambda: 0.5, train.make_vae(dataset, args).state_dict)}
 
     def evaluate_model(model: train.VAE, images: torch.Tensor, nll_samples: int) -> dict[str, float]:
         sizes.append(model.config["latent_size"])
@@ -145,10 +145,10 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ours, theirs = measured["curves"]["train.py"], measured["curves"]["rival"]
     assert [loss for _, loss in ours] == [99.5] * 3
     assert 0 < ours[0][0] < ours[1][0] < ours[2][0] <= theirs[-1][0]
-    assert theirs[52] == [pytest.approx(53 * 0.05), 97.5]
-    assert (len(theirs) == 53) == (ours[2][0] <= 53 * 0.05)
+    assert theirs[7] == [4.0, 97.5]
+    assert (len(theirs) == 8) == (ours[2][0] <= 4)
     printed = capsys.readouterr().out
-    assert "| rival | 2 | 3 |" in printed  # a loss of 100 or less after 50 passes, and of 97.5 after 53
+    assert "| rival | 3 | 4 |" in printed  # 99.5 after 6 passes, and 97.5 after 8
     assert f"| train.py | {ours[0][0]:.0f} | not in {ours[2][0]:.0f} |" in printed
     assert measured["nll"] == {"rival": 89.0, "train.py": 88.0}
     assert rates == [1e-3] * 2
