@@ -177,7 +177,9 @@ class CompiledStep:
     def _try(self, batch: Tensor, rates: Tensor) -> Tensor | None:
         """Runs the program. Returns None if it fails."""
         images = self.images.index_select(0, batch)
-        bits = draw_bits(images.shape, images.device).float() if self.binarization == "dynamic" else None  # not int16,
+        bits = None
+        if self.binarization == "dynamic":
+            bits = draw_bits(images.shape, images.device).float()  # a kernel that read int16 would not be vectorized
         corrections = (1 - self.betas ** (self.adam[0]["step"] + 1)).float()
         y, state = self.labels.index_select(0, batch), (self.weights, self.buffers, self.adam)
         with torch.no_grad():

@@ -687,8 +687,16 @@ def epoch_line(row: dict[str, float], options: Namespace, dataset: ImageData, is
 
 
 @utils.command
-def main(model: Model | None = None, description: str | None = __doc__, **defaults: Any) -> None:
-    """The command `python train.py`. Experiments pass a model; then the run is also evaluated."""
+def main(
+    model: Model | None = None,
+    description: str | None = __doc__,
+    report: Callable[[Any, ImageData], None] | None = None,
+    **defaults: Any,
+) -> None:
+    """The command `python train.py`. Experiments pass a model; then the run is also evaluated.
+
+    report, if given, is called with the model and the data after that, to print what the metrics lack.
+    """
     parser = make_parser(description, **defaults)
     if model is not None:
         evaluate.add_nll_samples(parser)
@@ -710,6 +718,8 @@ def main(model: Model | None = None, description: str | None = __doc__, **defaul
     if rank == 0 and model is not None:
         places = {"data_dir": given.get("data_dir", "data"), "device": next(trained.parameters()).device.type}
         evaluate.evaluate_run(run, trained, nll_samples=nll_samples, **places)
+        if report:
+            report(trained, evaluate.open_test_data(trained, utils.read_checkpoint(run), run, places["data_dir"]))
     elif rank == 0:
         print(f"done: now try {utils.shell_line('python', Path(script).with_name('evaluate.py'), run, *place)}")
 

@@ -30,12 +30,12 @@ class Conditional(nn.Sequential):
 class Joint(Distribution):
     """The distribution of z = (z1, z2). One is drawn first, and the other given it: upwards, z1 is first."""
 
-    def __init__(self, first: DiagonalNormal, second: Conditional, sizes: tuple[int, int], is_upwards: bool):
+    def __init__(self, first: Distribution, second: Conditional, sizes: tuple[int, int], is_upwards: bool):
         self.first, self.second, self.sizes, self.is_upwards = first, second, sizes, is_upwards
         super().__init__(first.batch_shape, (sum(sizes),), validate_args=False)
 
     def rsample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
-        first = self.first.rsample(sample_shape)
+        first = (self.first.rsample if self.is_upwards else self.first.sample)(sample_shape)
         return self.join(first, self.second(first).rsample())
 
     @property

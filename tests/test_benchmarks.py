@@ -133,7 +133,7 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(  # the models of rivals are left in training mode
             train, "compute_test_losses", lambda model, _: (99.5, next(losses) if model.training else 99.0, 0.5)
         )
-        return {"rival": (lambda: 0.5, train.make_vae(dataset, args).state_dict)}
+        return {"rival": (lambda: 0.1, train.make_vae(dataset, args).state_dict)}
 
     def evaluate_model(model: train.VAE, images: torch.Tensor, nll_samples: int) -> dict[str, float]:
         sizes.append(model.config["latent_size"])
@@ -145,10 +145,10 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ours, theirs = measured["curves"]["train.py"], measured["curves"]["rival"]
     assert [loss for _, loss in ours] == [99.5] * 3
     assert 0 < ours[0][0] < ours[1][0] < ours[2][0] <= theirs[-1][0]
-    assert theirs[7] == [4.0, 97.5]
-    assert (len(theirs) == 8) == (ours[2][0] <= 4)
+    assert theirs[7] == [pytest.approx(0.8), 97.5]
+    assert (len(theirs) == 8) == (ours[2][0] <= 0.8)
     printed = capsys.readouterr().out
-    assert "| rival | 3 | 4 |" in printed  # 99.5 after 6 passes, and 97.5 after 8
+    assert "| rival | 1 | 1 |" in printed  # 99.5 after 0.6 s, and 97.5 after 0.8 s
     assert f"| train.py | {ours[0][0]:.0f} | not in {ours[2][0]:.0f} |" in printed
     assert measured["nll"] == {"rival": 89.0, "train.py": 88.0}
     assert rates == [1e-3] * 2
@@ -191,6 +191,12 @@ def test_likelihood_rows(digits: ImageData, tmp_path: Path, monkeypatch: pytest.
         assert float(row[3]) == pytest.approx(metrics["neg_elbo"], abs=0.02)
         assert row[4] == (f"{metrics['nll']:.2f} (3 samples)" if mode == "dynamic" else "")
         assert int(row[5]) == metrics["active_units"]
+
+
+def test_likelihood_refuses_recipes_of_experiments(fails: Callable):
+    """Which it would train as another model."""
+    error = fails(likelihood.main, "burda2016-two-layers")
+    assert "one-minute" in error
 
 
 @pytest.mark.parametrize("wrong", ["--nll-samples=0", "--epochs=0", "--after=x"])

@@ -17,10 +17,11 @@ import pictures
 import train
 import utils
 from data import ImageData
-from experiments import conditional, convolutional, vampprior
+from experiments import conditional, convolutional, semi_supervised, vampprior
 from experiments.flow_posterior import FlowPosteriorVAE
 from experiments.flow_prior import FlowPriorVAE
 from experiments.two_layers import TwoLayerVAE
+from experiments.two_layers_vampprior import TwoLayerVampVAE
 from step import matmul_precision
 from tests.conftest import not_windows, run_ranks, thinned
 
@@ -30,10 +31,12 @@ MODELS = {
     "convolutional": convolutional.make_model,
     "flow_posterior": FlowPosteriorVAE,
     "flow_prior": FlowPriorVAE,
+    "semi_supervised": semi_supervised.make_model,
     "two_layers": TwoLayerVAE,
+    "two_layers_vampprior": TwoLayerVampVAE,
     "vampprior": vampprior.make_model,
 }
-WITH_CLOSED_FORM = ("conditional", "convolutional")  # of the KL
+WITH_CLOSED_FORM = ("conditional", "convolutional", "semi_supervised")  # of the KL
 SMALL = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=16", "--latent-size=2", "--batch-size=100", "--device=cpu"]
 
 

@@ -14,12 +14,13 @@ from data import ImageData
 from experiments.flow_posterior import FlowPosteriorVAE
 from experiments.flow_prior import Coupling, Flow, FlowPriorVAE
 from experiments.two_layers import TwoLayerVAE
+from experiments.two_layers_vampprior import TwoLayerVampVAE
 from model import VAE, DiagonalNormal
 from tests.conftest import SIZE
 from tests.test_recipes import RECIPES, options_of
 from tests.test_subclasses import integral
 
-KINDS = (FlowPriorVAE, FlowPosteriorVAE, TwoLayerVAE)
+KINDS = (FlowPriorVAE, FlowPosteriorVAE, TwoLayerVAE, TwoLayerVampVAE)
 STEP = 0.1
 AXIS = torch.arange(-14, 14, STEP, dtype=torch.float64)
 GRID = torch.cartesian_prod(AXIS, AXIS)  # (points, 2)
@@ -33,7 +34,10 @@ def stirred(model: nn.Module, gain: float = 1) -> nn.Module:
 
 
 def small_model(kind: type[VAE], latent_size: int = 2, **sizes: int) -> VAE:
-    sizes |= {} if kind is TwoLayerVAE else {"num_couplings": 3, "width": 8}
+    if kind is TwoLayerVampVAE:
+        sizes["num_pseudo_inputs"] = 3
+    elif kind is not TwoLayerVAE:
+        sizes |= {"num_couplings": 3, "width": 8}
     return kind(SIZE, hidden_size=15, latent_size=latent_size, activation="tanh", **sizes)
 
 
@@ -102,7 +106,7 @@ def test_draws_have_the_density_that_is_claimed(kind: type[VAE]):
             z = GRID.view(-1, *[1] * len(batch), 2)
             mass = distribution.log_prob(z).exp() * STEP**2
             torch.testing.assert_close(mass.sum(0), torch.ones_like(mass[0]), atol=5e-3, rtol=0)
-            draws = distribution.rsample((40_000,))
+            draws = distribution.sample((40_000,))
             assert draws.shape == (40_000, *batch, 2)
             for function in (torch.sin, torch.tanh, lambda z: torch.tanh(z).prod(-1, keepdim=True)):
                 expected = (mass[..., None] * function(z)).sum(0)
@@ -160,6 +164,14 @@ def test_two_layers_are_products_of_conditionals():
     torch.testing.assert_close(model.decode(z), model.decoder(z1))
     q = model.posterior(x).mean
     torch.testing.assert_close(q, torch.cat([q1.mean, normal_of(model.up, q1.mean).mean], -1))
+
+
+def test_the_vampprior_on_top_is_a_mixture():
+    model = stirred(small_model(TwoLayerVampVAE, latent_size=7))
+    z = torch.randn(4, 7)
+    components = normal_of(model.up, model.pseudo_inputs)
+    top = components.log_prob(z[:, None, 5:]).exp().mean(-1).log()
+    torch.testing.assert_close(model.prior().log_prob(z), top + normal_of(model.down, z[:, 5:]).log_prob(z[:, :5]))
 
 
 def test_two_layers_have_the_papers_sizes(digits: ImageData):

@@ -1,0 +1,80 @@
+"""Few labels: a conditional VAE that is told ten labels of each class and infers the others (Kingma et al. 2014, M2).
+
+    python experiments/semi_supervised.py             # train.py's options, but for the defaults at the end of this file
+    python experiments/semi_supervised.py --resume RUN --nll-samples 5000
+
+Training minimizes U(x) (arXiv 1406.5298, eq. 7) of all images and, of the labelled ones, L(x, y) (eq. 6) and the
+classifier's loss (eq. 9). Tests know the labels: nll is the mean of -log p(x|y).
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import train
+from data import ImageData
+from experiments.conditional import ConditionalVAE
+from model import Encoder
+from utils import UserError
+
+LABELS, ALPHA, GAMMA = 10, 32.0, 0.25  # labels of each class; weights of the classifier's mean loss and of L(x, y)
+
+
+class SemiSupervisedVAE(ConditionalVAE):
+    """A ConditionalVAE with a classifier q(y|x), and LABELS images (uint8) of each class in order."""
+
+    def __init__(self, input_size: int = 784, num_classes: int = 10, **sizes: int | str):
+        super().__init__(input_size, num_classes, **sizes)
+        hidden_size, *others = (self.config[name] for name in ("hidden_size", "encoder_layers", "activation"))
+        layers = Encoder(input_size, hidden_size, *others), nn.Dropout(), nn.Linear(hidden_size, num_classes)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), *layers)
+        self.register_buffer("labelled", torch.zeros(num_classes * LABELS, input_size, dtype=torch.uint8))
+
+    def elbo_terms(self, x: Tensor, targets: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """In training, the terms of U(x), (B,), with the labelled images' gradient. Otherwise those of L(x, y)."""
+        if not self.training:
+            return super().elbo_terms(x, targets, y)
+        log_q = self.classifier(x).float().log_softmax(-1)  # (B, C)
+        each = torch.arange(log_q.shape[1], device=x.device).repeat(len(x))
+        images = (images.repeat_interleave(log_q.shape[1], 0) for images in (x, targets))
+        reconstruction, kl = (terms.view_as(log_q) for terms in super().elbo_terms(*images, each))
+        kl, loss = kl + log_q - torch.zeros_like(log_q).log_softmax(-1), self.labelled_loss()
+        return (log_q.exp() * reconstruction).sum(1) + loss - loss.detach(), (log_q.exp() * kl).sum(1)
+
+    def labelled_loss(self, gamma: float = GAMMA) -> Tensor:
+        """The labelled images' loss for each image of a step. Their pixels are drawn anew."""
+        x = torch.bernoulli(self.labelled / 255)
+        y = torch.arange(len(x), device=x.device) // LABELS
+        return gamma * sum(super().elbo_terms(x, x, y)).mean() + ALPHA * F.cross_entropy(self.classifier(x).float(), y)
+
+
+def make_model(dataset: ImageData, options: Namespace) -> SemiSupervisedVAE:
+    num_classes, (images, y) = len(dataset.classes), (dataset.train_images.flatten(1), dataset.train_labels)
+    if options.objective != "elbo" or num_classes < 2 or y.bincount(minlength=num_classes).min() < LABELS:
+        raise UserError(f"semi-supervised: for --objective elbo, and two or more classes of {LABELS} images or more")
+    model = train.make_vae(dataset, options, SemiSupervisedVAE, num_classes=num_classes)
+    model.labelled.copy_(torch.cat([images[y == i][:LABELS] for i in range(num_classes)]))
+    return model
+
+
+def report(model: SemiSupervisedVAE, dataset: ImageData) -> None:
+    """Prints the classifier's error, beside that of a new one trained on the labelled images alone."""
+    alone = SemiSupervisedVAE(**model.config).to(model.labelled.device)
+    alone.labelled, adam = model.labelled, torch.optim.Adam(alone.classifier.parameters())
+    for _ in range(300):
+        adam.zero_grad()
+        alone.labelled_loss(gamma=0.0).backward()
+        adam.step()
+    x, y = (values.to(model.labelled.device) for values in (dataset.test_images / 255, dataset.test_labels))
+    errors = [(each.eval().classifier(x).argmax(-1) != y).float().mean() for each in (model, alone)]
+    print("error on {:,} test images: {:.2%}; of a classifier on the labels alone: {:.2%}".format(len(y), *errors))
+
+
+if __name__ == "__main__":
+    train.main(make_model, __doc__, report, hidden_size=256, latent_size=10, activation="silu", lr=3e-3, beta=3.0)

@@ -1,0 +1,156 @@
+"""experiments/semi_supervised.py: its loss written out, its labels, and the error that it prints."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Categorical, Normal, kl_divergence
+
+import data
+import evaluate
+import train
+import utils
+from data import ImageData
+from experiments import semi_supervised
+from experiments.semi_supervised import ALPHA, GAMMA, LABELS, SemiSupervisedVAE
+from model import DiagonalNormal
+from tests.conftest import thinned
+from tests.test_experiments import SMALL, call, weights
+
+SIZE, CLASSES = 9, 3
+
+
+@pytest.fixture
+def few(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> ImageData:
+    """What every command loads."""
+    few = thinned(digits, 10)
+    for module in (train, evaluate, data):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: few)
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)
+    return few
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> SemiSupervisedVAE:
+    """Far from its initial state, without dropout and noise, and with labelled pixels that are 0 or 1."""
+    model = SemiSupervisedVAE(SIZE, CLASSES, hidden_size=16, latent_size=2).eval()
+    for weight in model.parameters():
+        weight.data *= 2
+    model.labelled.copy_(255 * torch.randint(0, 2, model.labelled.shape))
+    model.training = True
+    monkeypatch.setattr(DiagonalNormal, "rsample", lambda self, shape=(): self.mu.expand(*shape, *self.mu.shape))
+    return model
+
+
+def bound(model: SemiSupervisedVAE, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(x|y, z) at the mean of q(z|x, y), and KL(q(z|x, y) || p(z)), from the networks and PyTorch's own."""
+    one_hot = F.one_hot(y, CLASSES).float()
+    hidden = model.encoder(torch.cat([x, one_hot], 1))
+    q = Normal(model.latent_z.mu(hidden), torch.exp(0.5 * model.latent_z.logvar(hidden)))
+    logits = model.decoder.logits(torch.cat([q.mean, one_hot], 1))
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1), kl_divergence(q, Normal(0, 1)).sum(1)
+
+
+def test_the_loss_of_an_image_is_the_sum_over_its_classes(model: SemiSupervisedVAE):
+    """U(x) = sum over y of q(y|x) L(x, y), less the entropy of q(y|x) (eq. 7), where L has a uniform p(y) (eq. 6)."""
+    x = torch.rand(4, SIZE).round()
+    q = Categorical(logits=model.classifier(x))
+    terms = [bound(model, x, torch.full((4,), y)) for y in range(CLASSES)]
+    reconstruction, kl = (sum(q.probs[:, y] * term[i] for y, term in enumerate(terms)) for i in (0, 1))
+    kl = kl + kl_divergence(q, Categorical(torch.ones(CLASSES)))
+    torch.testing.assert_close(model.elbo_terms(x, x, None), (reconstruction, kl))
+
+
+def test_labels_add_a_gradient_but_no_value(model: SemiSupervisedVAE, monkeypatch: pytest.MonkeyPatch):
+    x, y = model.labelled / 255, torch.arange(CLASSES).repeat_interleave(LABELS)
+    expected = GAMMA * sum(bound(model, x, y)).mean() + ALPHA * F.cross_entropy(model.classifier(x), y)
+    torch.testing.assert_close(model.labelled_loss(), expected)
+    images, found = torch.rand(5, SIZE).round(), []
+    for loss in (model.labelled_loss, lambda: torch.zeros(())):
+        monkeypatch.setattr(model, "labelled_loss", loss)
+        value = sum(model.elbo_terms(images, images)).sum()
+        found.append((value.detach(), torch.autograd.grad(value, list(model.parameters()))))
+    (value, gradients), (other_value, others) = found
+    torch.testing.assert_close(value, other_value)
+    added = torch.autograd.grad(5 * expected, list(model.parameters()))  # once for each image of the step
+    for gradient, other, more in zip(gradients, others, added, strict=True):
+        torch.testing.assert_close(gradient - other, more, atol=1e-3, rtol=1e-3)
+
+
+def test_in_tests_it_is_told_the_class(model: SemiSupervisedVAE):
+    x, y = torch.rand(4, SIZE).round(), torch.tensor([0, 2, 1, 1])
+    model.eval()
+    torch.testing.assert_close(model.elbo_terms(x, x, y), bound(model, x, y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The labels
+
+
+def test_ten_images_of_each_class_are_labelled(few: ImageData):
+    options = train.make_options(hidden_size=16, latent_size=2, likelihood="bernoulli")
+    chosen = semi_supervised.make_model(few, options).labelled.tolist()
+    labels = {tuple(x): y for x, y in zip(few.train_images.flatten(1).tolist(), few.train_labels.tolist(), strict=True)}
+    assert [labels[tuple(x)] for x in chosen] == [y for y in range(10) for _ in range(10)]
+    assert len(set(map(tuple, chosen))) == 100
+
+
+def test_other_labels_change_nothing(few: ImageData, tmp_path: Path):
+    model = semi_supervised.make_model(few, train.make_options(hidden_size=16, latent_size=2, likelihood="bernoulli"))
+    hidden = [replace(few, train_labels=labels) for labels in (few.train_labels, (few.train_labels + 1) % 10)]
+    runs = [
+        train.train(dataset, copy.deepcopy(model), epochs=1, batch_size=100, out_dir=tmp_path)[2] for dataset in hidden
+    ]
+    first, second = map(weights, runs)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def errors(capsys: pytest.CaptureFixture) -> list[float]:
+    (line,) = re.findall(r"^error on 100 test images: .*", capsys.readouterr().out, re.MULTILINE)
+    return [float(number) for number in re.findall(r"([\d.]+)%", line)]
+
+
+def test_images_without_labels_help(few: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The classifier of all images errs less than the one of the labelled images alone."""
+    options = {"epochs": 20, "batch_size": 20, "lr": 3e-3, "beta": 3, "hidden_size": 64, "latent_size": 5}
+    model, _, _ = train.train(few, semi_supervised.make_model, **options, activation="silu", out_dir=tmp_path)
+    semi_supervised.report(model, few)
+    ours, alone = errors(capsys)
+    assert ours < alone - 2
+    assert alone < 45
+
+
+def test_command_prints_its_error(few: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    call(monkeypatch, "semi_supervised", *SMALL, "--out-dir", tmp_path, "--nll-samples=2")
+    ours, alone = errors(capsys)
+    assert 0 < alone < 100
+    call(monkeypatch, "semi_supervised", "--resume", utils.newest_run(tmp_path), "--nll-samples=2")  # finished
+    assert errors(capsys) == [ours, alone]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_labels": torch.arange(500) // 55}, []),
+        ({"classes": ["all"], "train_labels": torch.zeros(500).long(), "test_labels": torch.zeros(100).long()}, []),
+        ({}, ["--objective=iwae"]),
+    ],
+)
+def test_is_refused(few: ImageData, change: dict, words: list[str], tmp_path: Path, monkeypatch, fails: Callable):
+    monkeypatch.setattr(train, "load_dataset", lambda *args: replace(few, **change))
+    command = train.main.__wrapped__
+
+    @utils.command
+    def main() -> None:
+        command(semi_supervised.make_model)
+
+    main.__module__ = "train"
+    assert "two or more classes of 10 images" in fails(main, *SMALL, *words, "--out-dir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
