@@ -21,7 +21,7 @@ from data import binarize, draw_bits
 from utils import one_line
 
 PRECISIONS = ("highest", "medium", "bfloat16")
-STEPS_WORTH_COMPILING = 8000  # they save about the time that compiling takes
+STEPS_WORTH_COMPILING = 5000  # they save about the time that compiling takes
 
 Step = Callable[[Tensor, Tensor], Tensor]  # indices of a batch (B,) and rates (2,) -> the negative ELBO, summed
 

@@ -241,12 +241,12 @@ def test_any_number_of_runs_in_one_process_is_compiled(small: ImageData, tmp_pat
 def test_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(step.shutil, "which", lambda name: "/usr/bin/c++")
     cpu = torch.device("cpu")
-    assert step.is_worth_compiling(cpu, 1, 8000)
-    assert not step.is_worth_compiling(cpu, 1, 7999)
-    assert not step.is_worth_compiling(cpu, 2, 8000)
-    assert not step.is_worth_compiling(torch.device("cuda"), 1, 8000)
+    assert step.is_worth_compiling(cpu, 1, 5000)
+    assert not step.is_worth_compiling(cpu, 1, 4999)
+    assert not step.is_worth_compiling(cpu, 2, 5000)
+    assert not step.is_worth_compiling(torch.device("cuda"), 1, 5000)
     monkeypatch.setattr(step.shutil, "which", lambda name: None)
-    assert not step.is_worth_compiling(cpu, 1, 8000)
+    assert not step.is_worth_compiling(cpu, 1, 5000)
 
 
 def test_the_rule_counts_the_steps(small: ImageData, monkeypatch: pytest.MonkeyPatch):
