@@ -80,8 +80,8 @@ def is_worth_compiling(device: torch.device, ranks: int, steps: int) -> bool:
 class Program:
     """A function compiled into one program, which draws the random numbers that the function would.
 
-    Once the program has failed, a line says why, and calls return None. It is compiled only once, because that takes as
-    long every time, so arguments of other shapes or kinds are a failure.
+    Once the program has failed, a line says why, and calls return None. It is never compiled for arguments of other
+    shapes or kinds, because that takes as long every time, so these are a failure.
     """
 
     def __init__(self, function: Callable[..., Tensor], warning: str):

@@ -695,7 +695,7 @@ def main(
 ) -> None:
     """The command `python train.py`. Experiments pass a model; then the run is also evaluated.
 
-    report, if given, is called with the model and the data after that, to print what the metrics lack.
+    After that, report(model, dataset) is called, if given, to print more than the metrics.
     """
     parser = make_parser(description, **defaults)
     if model is not None:

@@ -182,7 +182,7 @@ def second_epoch(**arguments: Any) -> float:
 
 @contextlib.contextmanager
 def silence() -> Iterator[str]:
-    """Runs train.train without its lines and pictures -> a folder for its run."""
+    """A context in which train.train prints and draws nothing. Yields a folder for its run."""
     with (
         tempfile.TemporaryDirectory() as out_dir,
         patch.object(train, "draw"),
@@ -279,13 +279,13 @@ def race(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
 
     The rivals have Adam's usual step size of 1e-3. train.py's time includes compilation and its tests, but no pictures.
     """
-    goals = (100.0, 97.5)
+    goals, path = (100.0, 97.5), RECIPES / f"{args.recipe}.txt"
+    options = train.parse_given(train.make_parser(), [f"@{path}"])  # which fails, if it does, before the race
     curves, _, _ = take_race(dataset, args, vars(train_options(args)), goals[-1])
     print(f"| loop | {' | '.join(f'seconds to a test loss of {goal:g}' for goal in goals)} |\n| --- | --- | --- |")
     for name, curve in curves.items():
         reached = (next((f"{seconds:.0f}" for seconds, loss in curve if loss <= goal), None) for goal in goals)
         print(f"| {name} | {' | '.join(time or f'not in {curve[-1][0]:.0f}' for time in reached)} |")
-    options = train.parse_given(train.make_parser(), [f"@{RECIPES / args.recipe}.txt"])
     options |= {name: getattr(args, name) for name in ("dataset", "data_dir", "device")}
     sizes = Namespace(**vars(args) | vars(train.make_options(**options)))
     _, models, seconds = take_race(dataset, sizes, options)
@@ -302,7 +302,8 @@ def take_race(
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, VAE], float]:
     """Trains all loops in turn -> seconds and test losses after every epoch, models, and train.py's seconds.
 
-    While train.py runs, the others are given the same time. Then they go on to the goal, or to `patience` times that.
+    While train.py runs, each rival is given the same time. Then it goes on until it reaches the goal, or has taken
+    `patience` times train.py's time.
     """
     rivals = start_rivals(dataset, Namespace(**vars(args) | {"lr": 1e-3}))
     test_set = measure.make_test_set(dataset, "dynamic", args.device)

@@ -1,12 +1,12 @@
-"""Another posterior: normal but for its noise, which is a flow's (Rezende & Mohamed 2015, arXiv 1505.05770).
+"""Another posterior: a normal distribution whose noise comes from a flow (Rezende & Mohamed 2015, arXiv 1505.05770).
 
     python experiments/flow_posterior.py              # train.py's options, but for the defaults at the end of this file
     python experiments/flow_posterior.py --resume RUN --nll-samples 5000
 
 The latents of N(mu, diag(exp(logvar))) do not depend on each other, but those of the true posterior do. Here, too,
-z = mu + exp(logvar / 2) eps, but eps is drawn from a flow that reads the encoder's features. Training draws z and then
-needs its density. Coupling layers (Dinh et al. 2017, arXiv 1605.08803) take one pass for each. The inverse
-autoregressive flow (Kingma et al. 2016, arXiv 1606.04934) would need a pass for each latent to find the eps of a z.
+z = mu + exp(logvar / 2) eps, but eps is drawn from a flow that reads the encoder's features. log_prob is given z alone
+and has to find its eps. With coupling layers (Dinh et al. 2017, arXiv 1605.08803), that takes one pass, like drawing.
+An inverse autoregressive flow (Kingma et al. 2016, arXiv 1606.04934) would need a pass for each latent.
 """
 
 import sys
@@ -26,6 +26,8 @@ from model import VAE, DiagonalNormal
 class Bent(Distribution):
     """The distribution of z = mu + exp(logvar / 2) eps, with mu and logvar (B, latent_size) and eps from a flow."""
 
+    has_rsample = True
+
     def __init__(self, normal: DiagonalNormal, noise: Flow):
         self.mu, self.log_std, self.noise = normal.mu, 0.5 * normal.logvar, noise
         super().__init__(normal.batch_shape, normal.event_shape, validate_args=False)
@@ -35,7 +37,7 @@ class Bent(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """(B, latent_size): the z of the base's mean, which stands for the true one in pictures."""
+        """(B, latent_size): the z of the base's mean. It stands for the true mean, which has no closed form."""
         return self.mu + torch.exp(self.log_std) * self.noise.invert(self.noise.base.mean)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class Bent(Distribution):
 
 
 class FlowPosteriorVAE(VAE):
-    """A VAE whose posterior's noise is a flow of num_couplings layers, with networks that read the features."""
+    """A VAE whose posterior's noise comes from a flow of num_couplings layers that read the encoder's features."""
 
     def __init__(self, input_size: int = 784, num_couplings: int = 4, width: int = 128, **sizes: int | str):
         super().__init__(input_size, **sizes)

@@ -27,10 +27,10 @@ class Coupling(nn.Module):
         super().__init__()
         self.first, last = nn.Linear(latent_size // 2, width), nn.Linear(width, 2 * (latent_size - latent_size // 2))
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
-        nn.init.zeros_(last.weight)  # at first, a layer does the same to every z, and next to nothing
+        nn.init.zeros_(last.weight)  # so that at first, every z is scaled and shifted alike, and little
 
     def forward(self, z: Tensor, term: Tensor | float, invert: bool = False) -> tuple[Tensor, Tensor]:
-        """z (..., latent_size) -> eps, as large, and log |d eps / dz| (...); or back. term (B, width) adds to first."""
+        """z (..., latent_size) -> eps, log |det(d eps / dz)| (...), or back. term (B, width) adds to first's output."""
         other, kept = z.tensor_split(2, -1)
         log_scale, shift = self.rest(self.first(kept) + term).to(z.dtype).chunk(2, -1)
         log_scale = torch.tanh(log_scale)
@@ -39,10 +39,10 @@ class Coupling(nn.Module):
 
 
 class Flow(Distribution):
-    """The distribution of the z that are draws of a base after each layer in turn swaps the halves and changes one."""
+    """The distribution of z that layers turn into draws of a base. Before each layer, the halves of z are swapped."""
 
     def __init__(self, base: Distribution, layers: nn.ModuleList, terms: tuple[Tensor | float, ...]):
-        self.base, self.layers, self.terms = base, layers, terms
+        self.base, self.layers, self.terms, self.has_rsample = base, layers, terms, True
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""Few labels: a conditional VAE that is told ten labels of each class and infers the others (Kingma et al. 2014, M2).
+"""Few labels: a conditional VAE that is given ten labels per class and infers the rest (Kingma et al. 2014, M2).
 
     python experiments/semi_supervised.py             # train.py's options, but for the defaults at the end of this file
     python experiments/semi_supervised.py --resume RUN --nll-samples 5000
 
-Training minimizes U(x) (arXiv 1406.5298, eq. 7) of all images and, of the labelled ones, L(x, y) (eq. 6) and the
-classifier's loss (eq. 9). Tests know the labels: nll is the mean of -log p(x|y).
+The loss of an image is U(x) (arXiv 1406.5298, eq. 7), whose KL --beta weighs, and GAMMA times the mean L(x, y) (eq. 6)
+and ALPHA times the mean classifier's loss (eq. 9) of the labelled images. Test losses and nll are of -log p(x|y).
 """
 
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -23,17 +24,18 @@ from experiments.conditional import ConditionalVAE
 from model import Encoder
 from utils import UserError
 
-LABELS, ALPHA, GAMMA = 10, 32.0, 0.25  # labels of each class; weights of the classifier's mean loss and of L(x, y)
+LABELS, ALPHA, GAMMA = 10, 32.0, 0.25  # labelled images of each class, and the weights of their losses
 
 
 class SemiSupervisedVAE(ConditionalVAE):
-    """A ConditionalVAE with a classifier q(y|x), and LABELS images (uint8) of each class in order."""
+    """A ConditionalVAE with a classifier q(y|x), and the first LABELS images (uint8) of each class, sorted by class."""
 
     def __init__(self, input_size: int = 784, num_classes: int = 10, **sizes: int | str):
         super().__init__(input_size, num_classes, **sizes)
         hidden_size, *others = (self.config[name] for name in ("hidden_size", "encoder_layers", "activation"))
         layers = Encoder(input_size, hidden_size, *others), nn.Dropout(), nn.Linear(hidden_size, num_classes)
         self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), *layers)
+        self.register_buffer("labels", torch.arange(num_classes).repeat_interleave(LABELS))
         self.register_buffer("labelled", torch.zeros(num_classes * LABELS, input_size, dtype=torch.uint8))
 
     def elbo_terms(self, x: Tensor, targets: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -44,32 +46,29 @@ class SemiSupervisedVAE(ConditionalVAE):
         each = torch.arange(log_q.shape[1], device=x.device).repeat(len(x))
         images = (images.repeat_interleave(log_q.shape[1], 0) for images in (x, targets))
         reconstruction, kl = (terms.view_as(log_q) for terms in super().elbo_terms(*images, each))
-        kl, loss = kl + log_q - torch.zeros_like(log_q).log_softmax(-1), self.labelled_loss()
+        kl, x, y = kl + log_q + math.log(log_q.shape[1]), torch.bernoulli(self.labelled / 255), self.labels
+        loss = GAMMA * sum(super().elbo_terms(x, x, y)).mean() + ALPHA * F.cross_entropy(self.classifier(x).float(), y)
         return (log_q.exp() * reconstruction).sum(1) + loss - loss.detach(), (log_q.exp() * kl).sum(1)
-
-    def labelled_loss(self, gamma: float = GAMMA) -> Tensor:
-        """The labelled images' loss for each image of a step. Their pixels are drawn anew."""
-        x = torch.bernoulli(self.labelled / 255)
-        y = torch.arange(len(x), device=x.device) // LABELS
-        return gamma * sum(super().elbo_terms(x, x, y)).mean() + ALPHA * F.cross_entropy(self.classifier(x).float(), y)
 
 
 def make_model(dataset: ImageData, options: Namespace) -> SemiSupervisedVAE:
-    num_classes, (images, y) = len(dataset.classes), (dataset.train_images.flatten(1), dataset.train_labels)
-    if options.objective != "elbo" or num_classes < 2 or y.bincount(minlength=num_classes).min() < LABELS:
-        raise UserError(f"semi-supervised: for --objective elbo, and two or more classes of {LABELS} images or more")
+    num_classes, images, y = len(dataset.classes), dataset.train_images.flatten(1), dataset.train_labels
+    if (options.objective, options.likelihood, options.binarize or "dynamic") != ("elbo", "bernoulli", "dynamic"):
+        raise UserError("semi_supervised.py is for --objective elbo, --likelihood bernoulli and --binarize dynamic")
+    if num_classes < 2 or y.bincount(minlength=num_classes).min() < LABELS:
+        raise UserError(f"semi_supervised.py needs two or more classes, with {LABELS} or more training images of each")
     model = train.make_vae(dataset, options, SemiSupervisedVAE, num_classes=num_classes)
     model.labelled.copy_(torch.cat([images[y == i][:LABELS] for i in range(num_classes)]))
     return model
 
 
 def report(model: SemiSupervisedVAE, dataset: ImageData) -> None:
-    """Prints the classifier's error, beside that of a new one trained on the labelled images alone."""
+    """Prints the classifier's error on gray images, beside that of one trained on the labelled images alone."""
     alone = SemiSupervisedVAE(**model.config).to(model.labelled.device)
-    alone.labelled, adam = model.labelled, torch.optim.Adam(alone.classifier.parameters())
+    adam = torch.optim.Adam(alone.classifier.parameters())
     for _ in range(300):
         adam.zero_grad()
-        alone.labelled_loss(gamma=0.0).backward()
+        F.cross_entropy(alone.classifier(torch.bernoulli(model.labelled / 255)), model.labels).backward()
         adam.step()
     x, y = (values.to(model.labelled.device) for values in (dataset.test_images / 255, dataset.test_labels))
     errors = [(each.eval().classifier(x).argmax(-1) != y).float().mean() for each in (model, alone)]

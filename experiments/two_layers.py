@@ -21,14 +21,14 @@ from model import VAE, Decoder, DiagonalNormal, Encoder, LatentZ
 
 
 class Conditional(nn.Sequential):
-    """An Encoder and a LatentZ, which map the latents of one layer to the distribution of the other's."""
+    """An Encoder and a LatentZ, which map the latents of one layer to the distribution of the other layer's."""
 
     def forward(self, z: Tensor) -> DiagonalNormal:
         return self[1].posterior(self[0](z))
 
 
 class Joint(Distribution):
-    """The distribution of z = (z1, z2). One is drawn first, and the other given it: upwards, z1 is first."""
+    """The distribution of z = (z1, z2). Upwards, z1 is drawn first, and z2 given z1; otherwise z2, and z1 given z2."""
 
     def __init__(self, first: Distribution, second: Conditional, sizes: tuple[int, int], is_upwards: bool):
         self.first, self.second, self.sizes, self.is_upwards = first, second, sizes, is_upwards
@@ -40,7 +40,7 @@ class Joint(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """(..., latent_size): the mean of the first, and for pictures, the other's mean given that."""
+        """(..., latent_size): the first's mean, and the other's mean given that, which stands for its true mean."""
         return self.join(self.first.mean, self.second(self.first.mean).mean)
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Joint(Distribution):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> (...)."""
-        first, second = z.split(self.sizes, -1)[:: 1 if self.is_upwards else -1]
+        first, second = z.split(self.sizes, -1) if self.is_upwards else reversed(z.split(self.sizes, -1))
         return self.first.log_prob(first) + self.second(first).log_prob(second)
 
 

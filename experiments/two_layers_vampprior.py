@@ -3,8 +3,9 @@
     python experiments/two_layers_vampprior.py        # train.py's options, but for the defaults at the end of this file
     python experiments/two_layers_vampprior.py --resume RUN --nll-samples 5000
 
-Two experiments in one: two_layers.py with vampprior.py's mixture for z2. The paper's pseudo-inputs are images. Here,
-q(z2|z1) reads z1, so they are values of z1.
+Two experiments in one: two_layers.py with vampprior.py's mixture for z2. In the paper, q(z2|x) reads images, so its
+pseudo-inputs are images, and q(z1|x, z2) and p(x|z1, z2) read z2 too. Here q(z2|z1) reads z1, so the pseudo-inputs are
+values of z1.
 """
 
 import sys

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal, TransformedDistribution, Uniform
 from torch.distributions import kl_divergence as reference_kl
@@ -73,6 +74,17 @@ def test_needs_torch_alone():
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} == {"math", "torch"}
+
+
+@pytest.mark.parametrize("size", [1, 30, 784, 3 * 64 * 64])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 100.0])
+def test_without_gradients_the_likelihood_is_the_same(size: int, spread: float):
+    """It is then computed from logarithms of products, which must not overflow for large images."""
+    logits, targets = spread * torch.randn(3, size), torch.bernoulli(torch.rand(3, size))
+    expected = -F.binary_cross_entropy_with_logits(logits.double(), targets.double(), reduction="none").sum(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(log_likelihood(logits, targets).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(log_likelihood(logits, targets).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
