@@ -658,13 +658,13 @@ def test_command_writes_the_explorer(
     few: ImageData, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
-    path = tmp_path / "best-likelihood.pt"
+    path = tmp_path / "default.pt"
     assert "other images" in fails(make.main, shutil.copy(WEIGHTS / path.name, path))
     utils.save_checkpoint(path, utils.read_checkpoint(path) | {"checksum": few.checksum()})
     monkeypatch.setattr("sys.argv", ["make.py", str(path)])
     make.main()
-    page = (tmp_path / "best-likelihood" / "explorer.html").read_text(encoding="utf-8")
-    assert "mnist-5k, binarize dynamic, latent size 50, epoch 850" in page
+    page = (tmp_path / "default" / "explorer.html").read_text(encoding="utf-8")
+    assert "mnist-5k, binarize dynamic, latent size 20, epoch 20" in page
     vamp = utils.read_checkpoint(WEIGHTS / "vampprior.pt") | {"checksum": few.checksum()}
     utils.save_checkpoint(tmp_path / "vampprior.pt", vamp)
     assert "prior" in fails(make.main, tmp_path / "vampprior.pt")
