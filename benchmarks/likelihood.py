@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def main() -> None:
     parser = train.make_parser(__doc__, dataset="mnist")
     own, recipes = parser.add_argument_group("recipes"), sorted(RECIPES.iterdir())
-    choices = [path.stem for path in recipes if "experiments/" not in path.read_text()]  # of other models
+    choices = [path.stem for path in recipes if "experiments/" not in path.read_text(encoding="utf-8")]
     own.add_argument("recipes", nargs="+", metavar="RECIPE", choices=choices)
     own.add_argument("--after", nargs="+", type=utils.count, metavar="EPOCH", help="rows on the way too")
     own.add_argument("--nll-samples", type=utils.count, default=5000, metavar="K", help="importance samples")

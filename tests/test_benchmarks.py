@@ -133,7 +133,7 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(  # the models of rivals are left in training mode
             train, "compute_test_losses", lambda model, _: (99.5, next(losses) if model.training else 99.0, 0.5)
         )
-        return {"rival": (lambda: 0.1, train.make_vae(dataset, args).state_dict)}
+        return {"rival": (lambda: 0.01, train.make_vae(dataset, args).state_dict)}
 
     def evaluate_model(model: train.VAE, images: torch.Tensor, nll_samples: int) -> dict[str, float]:
         sizes.append(model.config["latent_size"])
@@ -145,10 +145,10 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ours, theirs = measured["curves"]["train.py"], measured["curves"]["rival"]
     assert [loss for _, loss in ours] == [99.5] * 3
     assert 0 < ours[0][0] < ours[1][0] < ours[2][0] <= theirs[-1][0]
-    assert theirs[7] == [pytest.approx(0.8), 97.5]
-    assert (len(theirs) == 8) == (ours[2][0] <= 0.8)
+    assert theirs[7] == [pytest.approx(0.08), 97.5]
+    assert (len(theirs) == 8) == (ours[2][0] <= 0.08)
     printed = capsys.readouterr().out
-    assert "| rival | 1 | 1 |" in printed  # 99.5 after 0.6 s, and 97.5 after 0.8 s
+    assert "| rival | 0 | 0 |" in printed  # 99.5 after 0.06 s, and 97.5 after 0.08 s
     assert f"| train.py | {ours[0][0]:.0f} | not in {ours[2][0]:.0f} |" in printed
     assert measured["nll"] == {"rival": 89.0, "train.py": 88.0}
     assert rates == [1e-3] * 2
