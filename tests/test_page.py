@@ -113,10 +113,14 @@ def idle(browser: Browser, script: str = "null", job: str = "") -> Any:
 
 
 def show_emoji(browser: Browser) -> None:
-    """Scrolls to the section in colour, which starts only then."""
-    browser.run("document.getElementById('emoji').scrollIntoView({ behavior: 'instant' })")
-    browser.run("""new Promise(done => {
-        const wait = () => document.querySelector("#emoji canvas") ? done() : requestAnimationFrame(wait);
+    """Scrolls to the section in colour, which starts only then, and again while what is above it still grows."""
+    browser.run("""new Promise((done, fail) => {
+        setTimeout(() => fail(new Error("it never starts")), 20000);
+        const wait = () => {
+            if (document.querySelector("#emoji canvas")) return done();
+            document.getElementById("emoji").scrollIntoView({ behavior: "instant" });
+            requestAnimationFrame(wait);
+        };
         wait();
     })""")
     idle(browser)
