@@ -16,7 +16,7 @@ from step import Program, choose_precision, is_worth_compiling, matmul_precision
 from utils import UserError
 
 NLL_SAMPLES = 100
-BATCH_SIZE, SAMPLES = 50, 10  # of nll, at once: so few that their logits stay in a CPU's cache
+BATCH_SIZE, SAMPLES = 50, 20  # of nll, at once: so few that their logits stay in a CPU's cache
 
 
 class Examples(NamedTuple):
@@ -88,6 +88,7 @@ def estimate_nll(
     program is compile_nll's. By default, it is compiled here if that pays.
     """
     torch.manual_seed(seed)
+    torch.empty(30 * 2**18)  # after 30 MB are freed, glibc no longer returns memory that is about to be needed again
     device, nll = test_set.inputs.device, []
     program = program or compile_nll(model, device, len(test_set.labels), num_samples)
     batches = list(zip(*(part.split(batch_size) for part in test_set), strict=True))
@@ -107,14 +108,17 @@ def estimate_nll(
 
 
 def compile_nll(model: VAE, device: torch.device, num_images: int, num_samples: int) -> Program | None:
-    """The log of the sum of SAMPLES importance weights of BATCH_SIZE images, as one program, if compiling pays."""
+    """The log of the sum of SAMPLES importance weights of BATCH_SIZE images, as one program, if compiling pays.
+
+    The model's weights must not change afterwards.
+    """
 
     def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
         return model.log_importance_weights(q, p, targets, SAMPLES, y).logsumexp(0)
 
     if not is_worth_compiling(device, 1, num_images * num_samples // (BATCH_SIZE * SAMPLES)):
         return None
-    return Program(weigh, "nll cannot be compiled; it takes longer, with the same result")
+    return Program(weigh, "nll cannot be compiled; it takes longer, with the same result", freeze=True)
 
 
 @in_eval_mode

@@ -84,17 +84,21 @@ class Program:
     shapes or kinds, because that takes as long every time, so these are a failure.
     """
 
-    def __init__(self, function: Callable[..., Tensor], warning: str):
+    def __init__(self, function: Callable[..., Tensor], warning: str, freeze: bool = False):
+        """freeze: build the weights in as constants, which makes products of matrices faster without gradients."""
         function.__code__ = function.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
         self.compile = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
         self.compiled: Callable[..., Tensor] | None = None
-        self.warning, self.has_failed = warning, False
+        self.warning, self.freeze, self.has_failed = warning, freeze, False
 
     def __call__(self, *args: Any) -> Tensor | None:
         if self.has_failed:
             return None
         try:
-            return self.compiled(*args) if self.compiled else self._compile(args)
+            if self.compiled:
+                return self.compiled(*args)
+            with torch._inductor.config.patch(freezing=self.freeze):
+                return self._compile(args)
         except Exception as error:  # of many kinds, from PyTorch and from the compiler
             self.has_failed = True
             tqdm.write(f"warning: {self.warning} ({type(error).__name__}: {one_line(error)[:200]})", file=sys.stderr)

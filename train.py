@@ -283,7 +283,7 @@ def fit(
     model = copy.deepcopy(average) if options.average else average
     optimizer = restore(model, checkpoint, options)
     is_likelihood, step = measure.is_likelihood(average, test_set), None
-    with utils.hold_signals() as check_signals, matmul_precision("medium", device):  # medium for the tests
+    with utils.hold_signals() as check_signals:
         for epoch in range(len(history) + 1, options.epochs + 1):
             if step is None or epoch == options.elbo_epochs + 1:
                 is_iwae = options.objective == "iwae" and epoch > options.elbo_epochs
@@ -292,7 +292,9 @@ def fit(
             started = time.perf_counter()
             neg_elbos = train_epoch(step, model, average, len(images), epoch, options, check_signals)
             seconds = time.perf_counter() - started
-            losses = neg_elbos.double().sum().item() / len(images), *compute_test_losses(average.eval(), test_set)
+            with matmul_precision(options.precision, device):
+                test_losses = compute_test_losses(average.eval(), test_set)
+            losses = neg_elbos.double().sum().item() / len(images), *test_losses
             check_finite(neg_elbos, losses, epoch, run)
             history.append(dict(zip(COLUMNS, (epoch, *losses, len(images) / seconds, seconds), strict=True)))
             if rank > 0:

@@ -112,8 +112,8 @@ def test_scaling(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
-    compiled, is_worth = [], throughput.measure.Program
-    monkeypatch.setattr(throughput.measure, "Program", lambda *args: compiled.append(args) or is_worth(*args))
+    compiled, make = [], throughput.measure.Program
+    monkeypatch.setattr(throughput.measure, "Program", lambda *args, **how: compiled.append(args) or make(*args, **how))
     seconds = measure("nll")["seconds"]
     assert {name: len(passes) for name, passes in seconds.items()} == dict.fromkeys(seconds, 2)
     assert len(compiled) == 1  # one row of three is compiled, before its passes

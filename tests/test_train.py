@@ -244,9 +244,10 @@ def test_denormals_are_flushed(tmp_path: Path):
 
 def test_what_is_tested_is_what_is_kept(tmp_path: Path):
     """The last row's test loss is that of the saved model, not of the weights that Adam left."""
-    model, history, _ = train.train(**SMALL, epochs=3, lr=1e-2, out_dir=str(tmp_path))
+    model, history, run = train.train(**SMALL, epochs=3, lr=1e-2, out_dir=str(tmp_path))
     test_set = train.measure.make_test_set(train.load_dataset(), "dynamic")
-    with train.matmul_precision("medium", "cpu"):
+    precision = utils.read_checkpoint(run)["options"]["precision"]
+    with train.matmul_precision(precision, "cpu"):
         reconstruction, kl = train.measure.elbo_terms(model, test_set)
     assert history[-1]["test_kl"] == pytest.approx(kl.mean().item())
     assert history[-1]["test_reconstruction"] == pytest.approx(reconstruction.mean().item(), rel=0.02)  # other draws
