@@ -39,7 +39,8 @@ LIKELIHOODS = ("bernoulli", "logistic")
 class DiagonalNormal(Distribution):
     """N(mu, diag(exp(logvar))) over the last dimension; mu and logvar are (..., latent_size).
 
-    Normal from torch.distributions would do, but its KL is infinite where a variance underflows. Computes in at least
+    Normal from torch.distributions would do, but its KL is infinite where a variance underflows or overflows. Variances
+    are at most e^30, because an encoder's answer to one odd image would otherwise end training. Computes in at least
     float32, even under autocast.
     """
 
@@ -47,7 +48,7 @@ class DiagonalNormal(Distribution):
     has_rsample = True
 
     def __init__(self, mu: Tensor, logvar: Tensor):
-        self.mu, self.logvar = _at_least_float32(mu), _at_least_float32(logvar)
+        self.mu, self.logvar = _at_least_float32(mu), _at_least_float32(logvar).clamp(max=30)
         super().__init__(mu.shape[:-1], mu.shape[-1:], validate_args=False)
 
     @property

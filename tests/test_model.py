@@ -241,6 +241,15 @@ def test_kl_between_any_two():
 def test_kl_where_a_variance_underflows():
     mu, logvar = torch.zeros(1, 2), torch.tensor([[-200.0, 0.0]])
     assert standard_kl(logvar, mu).tolist() == [[99.5, 0.0]]
+
+
+def test_all_is_finite_where_a_variance_would_overflow():
+    mu, logvar = torch.zeros(1, 2, requires_grad=True), torch.tensor([[1000.0, 0.0]], requires_grad=True)
+    q, p = DiagonalNormal(mu, logvar), DiagonalNormal(torch.zeros(2), torch.zeros(2))
+    z = q.rsample()
+    for term in (z, q.log_prob(z), p.log_prob(z), kl_by_latent(q, p)):
+        gradients = torch.autograd.grad(term.sum(), (mu, logvar), retain_graph=True, allow_unused=True)
+        assert all(value.isfinite().all() for value in (term, *gradients) if value is not None)
     q = DiagonalNormal(mu, torch.tensor([[-150.0, 0.0]]))
     assert torch.isfinite(q.log_prob(q.rsample())).all()
 
