@@ -1,4 +1,4 @@
-"""How a training step is computed fast. A reader may skip this file, because the results are the same without it.
+"""How a training step is computed fast. A reader may skip this file: without it, results are as good.
 
 On a CPU, torch.compile turns the whole step, from binarization to Adam, into one program. On a GPU, the step's kernels
 are recorded once as a CUDA graph and then replayed. Matrix products use the fastest precision the hardware has.

@@ -328,9 +328,10 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = Non
 
 def find_class(name: str) -> type[VAE]:
     """The class in experiments/ that a checkpoint names, or else VAE. Imports no other class that a file names."""
+    name = name.rpartition(".")[2]
     for path in sorted((Path(__file__).parent / "experiments").glob("*.py")):
-        if f"\nclass {name.rpartition('.')[2]}(VAE):" in path.read_text(encoding="utf-8"):
-            return getattr(importlib.import_module(f"experiments.{path.stem}"), name.rpartition(".")[2])
+        if re.search(rf"^class {re.escape(name)}\(\w*VAE\):", path.read_text(encoding="utf-8"), re.MULTILINE):
+            return getattr(importlib.import_module(f"experiments.{path.stem}"), name)
     return VAE
 
 

@@ -3,8 +3,8 @@
     python experiments/convolutional.py               # train.py's options, but for the defaults at the end of this file
     python experiments/convolutional.py --resume RUN --nll-samples 5000
 
-Only self.encoder and self.decoder change. The encoder halves the height and width twice and ends in --hidden-size
-features. The decoder goes the other way and crops its pictures to the images' size. --encoder-layers and
+Only self.encoder, self.decoder and initial weights change. The encoder halves the height and width twice and ends in
+--hidden-size features. The decoder goes the other way and crops its pictures to the images' size. --encoder-layers and
 --decoder-layers count the residual blocks at each of the two resolutions.
 """
 

@@ -3,8 +3,8 @@
     python experiments/semi_supervised.py             # train.py's options, but for the defaults at the end of this file
     python experiments/semi_supervised.py --resume RUN --nll-samples 5000
 
-The loss of an image is U(x) (arXiv 1406.5298, eq. 7), whose KL --beta weighs, and GAMMA times the mean L(x, y) (eq. 6)
-and ALPHA times the mean classifier's loss (eq. 9) of the labelled images. Test losses and nll are of -log p(x|y).
+The loss of an image is U(x) (arXiv 1406.5298, eq. 7; --beta weighs its KL) plus, for the labelled images, GAMMA times
+their mean L(x, y) (eq. 6) and ALPHA times their mean classifier loss (eq. 9). Test losses and nll bound -log p(x|y).
 """
 
 import math

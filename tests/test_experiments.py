@@ -155,6 +155,7 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     names |= {"latent_usage"} if name in WITH_CLOSED_FORM else set()
     assert {path.stem for path in run.glob("*.png")} == names
     assert " nll " in capsys.readouterr().out
+    assert type(utils.load_checkpoint(run)[0]).__module__ == f"experiments.{name}"  # as evaluate.py loads it
     for module in (evaluate, pictures):  # which takes most of the time
         monkeypatch.setattr(module, "save_figure", lambda *args: None)
     call(monkeypatch, name, "--resume", run, "--epochs=2", "--nll-samples=2")
