@@ -39,8 +39,7 @@ LIKELIHOODS = ("bernoulli", "logistic")
 class DiagonalNormal(Distribution):
     """N(mu, diag(exp(logvar))) over the last dimension; mu and logvar are (..., latent_size).
 
-    Normal from torch.distributions would do, but its KL is infinite where a variance underflows or overflows. Variances
-    are at most e^30, because an encoder's answer to one odd image would otherwise end training. Computes in at least
+    Normal from torch.distributions would do, but its KL is infinite where a variance underflows. Computes in at least
     float32, even under autocast.
     """
 
@@ -48,7 +47,7 @@ class DiagonalNormal(Distribution):
     has_rsample = True
 
     def __init__(self, mu: Tensor, logvar: Tensor):
-        self.mu, self.logvar = _at_least_float32(mu), _at_least_float32(logvar).clamp(max=30)
+        self.mu, self.logvar = _at_least_float32(mu), _at_least_float32(logvar)
         super().__init__(mu.shape[:-1], mu.shape[-1:], validate_args=False)
 
     @property
@@ -149,8 +148,11 @@ class LatentZ(nn.Module):
         self.logvar = nn.Linear(hidden_size, latent_size)
 
     def posterior(self, hidden: Tensor) -> DiagonalNormal:
-        """(B, hidden_size) -> q(z|x)."""
-        return DiagonalNormal(self.mu(hidden), self.logvar(hidden))
+        """(B, hidden_size) -> q(z|x).
+
+        logvar is at most 10: the answer to one odd image, if it overflowed, would end training.
+        """
+        return DiagonalNormal(self.mu(hidden), self.logvar(hidden).clamp(max=10))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, hidden_size) -> z, logvar, mu, each (B, latent_size)."""
