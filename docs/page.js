@@ -563,8 +563,8 @@ startSample("sample", digits, vamp ? { "N(0, I)": main, VampPrior: vamp } : { "N
 if (main.encode) startLoss();
 else leaveOut("loss");
 if (data.emoji) {
-  new IntersectionObserver(([{ isIntersecting }], observer) => {  // starts when almost in view, since it is slow
-    if (!isIntersecting) return;
+  new IntersectionObserver((changes, observer) => {  // starts when almost in view, since it is slow
+    if (!changes.some(({ isIntersecting }) => isIntersecting)) return;  // a slow browser reports several at once
     observer.disconnect();
     const { model: content, pictures } = data.emoji, model = readModel(content), emoji = readPictures(pictures, model);
     const drawPrior = readPrior(model.size, { mu: content.points, std: content.stds });

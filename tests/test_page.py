@@ -483,6 +483,17 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     assert total == before
 
 
+def test_emoji_start_in_a_slow_browser(page: str, show: Callable[..., Browser]):
+    """Which reports together that the section was out of sight, and that it is in sight."""
+    slow = """<script>window.IntersectionObserver = class {
+        constructor(changed) { this.changed = changed; }
+        observe() { this.changed([{ isIntersecting: false }, { isIntersecting: true }], this); }
+        disconnect() {}
+    };</script>"""
+    browser = show(page.replace("<header>", f"{slow}<header>", 1))
+    assert browser.run("document.querySelector('#emoji canvas') !== null")
+
+
 def test_emoji(page: str, emoji: tuple[VAE, ImageData], show: Callable[..., Browser]):
     model, dataset = emoji
     browser = show(page)
