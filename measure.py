@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from data import ImageData, binarize, binarize_test_set, check_bytes
 from model import VAE, kl_by_latent
-from step import Program, choose_precision, is_worth_compiling, matmul_precision
+from step import Outcome, choose_precision, compile_checked, is_worth_compiling, matmul_precision, try_out
 from utils import UserError
 
 NLL_SAMPLES = 100
-BATCH_SIZE, SAMPLES = 50, 20  # of nll, at once: so few that their logits stay in a CPU's cache
+# How many images and samples nll takes at once: on a CPU, logits that fit its cache; on a GPU, enough to fill it
+BLOCKS = {False: (50, 20), True: (1000, 100)}
 
 
 class Examples(NamedTuple):
@@ -74,51 +75,70 @@ def posterior_means(model: VAE, test_set: Examples, batch_size: int = 1000) -> t
     return torch.cat(means), None if kls[0] is None else torch.cat(kls)
 
 
+Weigh = Callable[[Distribution, Distribution, Tensor, Tensor], Tensor]  # q, p, targets, y -> log of the weights' sum
+
+
 @in_eval_mode
 def estimate_nll(
     model: VAE,
     test_set: Examples,
     num_samples: int = NLL_SAMPLES,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
-    program: Program | None = None,
+    weigh: Weigh | None = None,
 ) -> Tensor:
     """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,) nats. Reseeds PyTorch.
 
-    program is compile_nll's. By default, it is compiled here if that pays.
+    weigh is make_weigh's. By default, it is made here.
     """
     torch.manual_seed(seed)
     torch.empty(30 * 2**18)  # after 30 MB are freed, glibc no longer returns memory that is about to be needed again
     device, nll = test_set.inputs.device, []
-    program = program or compile_nll(model, device, len(test_set.labels), num_samples)
+    batch_size, samples = BLOCKS[device.type == "cuda"]
+    weigh = weigh or make_weigh(model, test_set, len(test_set.labels), num_samples)
     batches = list(zip(*(part.split(batch_size) for part in test_set), strict=True))
-    with matmul_precision(choose_precision(device, SAMPLES * batch_size), device):
+    with matmul_precision(nll_precision(device), device):
         for inputs, targets, y in tqdm(batches, desc="nll", unit=" batches", leave=False, disable=None):
             q, p = model.posterior(inputs, y), model.prior(y)
             total = torch.tensor(-math.inf, device=device)  # the log of the sum of all weights so far
-            for start in range(0, num_samples, SAMPLES):
-                n = min(SAMPLES, num_samples - start)
-                is_whole = n == SAMPLES and len(y) == BATCH_SIZE
-                some = program(q, p, targets, y) if program and is_whole else None
-                if some is None:
+            for start in range(0, num_samples, samples):
+                n = min(samples, num_samples - start)
+                if n == samples and len(y) == batch_size:
+                    some = weigh(q, p, targets, y)
+                else:
                     some = model.log_importance_weights(q, p, targets, n, y).logsumexp(0)
                 total = torch.logaddexp(total, some)
             nll.append(math.log(num_samples) - total)
     return torch.cat(nll)
 
 
-def compile_nll(model: VAE, device: torch.device, num_images: int, num_samples: int) -> Program | None:
-    """The log of the sum of SAMPLES importance weights of BATCH_SIZE images, as one program, if compiling pays.
+@in_eval_mode
+def make_weigh(model: VAE, test_set: Examples, num_images: int, num_samples: int) -> Weigh:
+    """Returns the function that computes the log of the sum of a block's importance weights, compiled if that pays.
 
-    The model's weights must not change afterwards.
+    test_set serves as the example, and num_images are to come. The model's weights must not change afterwards.
     """
+    device = test_set.inputs.device
+    batch_size, samples = BLOCKS[device.type == "cuda"]
 
     def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
-        return model.log_importance_weights(q, p, targets, SAMPLES, y).logsumexp(0)
+        return model.log_importance_weights(q, p, targets, samples, y).logsumexp(0)
 
-    if not is_worth_compiling(device, 1, num_images * num_samples // (BATCH_SIZE * SAMPLES)):
-        return None
-    return Program(weigh, "nll cannot be compiled; it takes longer, with the same result", freeze=True)
+    blocks = num_images // batch_size * (num_samples // samples)
+    if not is_worth_compiling(device, 1, blocks):
+        return weigh
+    inputs, targets, y = (part[:batch_size] for part in test_set)
+    with matmul_precision(nll_precision(device), device):
+        q, p = model.posterior(inputs, y), model.prior(y)
+
+        def outcome(weigh: Weigh) -> Outcome:
+            return try_out(lambda: weigh(q, p, targets, y), [])
+
+        return compile_checked(weigh, outcome, device, "nll", freeze=True)
+
+
+def nll_precision(device: torch.device) -> str:
+    """The precision of an estimate of nll's products."""
+    return choose_precision(device, math.prod(BLOCKS[device.type == "cuda"]), is_compiled=False)
 
 
 @in_eval_mode
@@ -203,13 +223,14 @@ def encode_images(
     memory for the floats of one batch. Reseeds PyTorch.
     """
     device, generator, parts = next(model.parameters()).device, torch.Generator().manual_seed(0), []
-    program = compile_nll(model, device, len(images), nll_samples)
+    weigh = None
     for i, (batch, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
         inputs, targets = binarize(batch.cpu(), mode, generator)
         examples = Examples(inputs.to(device), targets.to(device), y.to(device))
         nll = None
         if is_likelihood(model, examples):
-            nll = estimate_nll(model, examples, nll_samples, seed + i, program=program)
+            weigh = weigh or make_weigh(model, examples, len(images), nll_samples)
+            nll = estimate_nll(model, examples, nll_samples, seed + i, weigh)
         q, (reconstruction, kl) = model.posterior(examples.inputs, examples.labels), elbo_terms(model, examples)
         part = {"mu": q.mean, "logvar": getattr(q, "logvar", None), "neg_elbo": reconstruction + kl, "nll": nll}
         parts.append({name: value.cpu() for name, value in part.items() if value is not None})

@@ -1,29 +1,30 @@
-"""How a training step is computed fast. A reader may skip this file: without it, results are as good.
+"""How training steps are computed fast. A reader may skip this file: without it, results are as good.
 
-On a CPU, torch.compile turns the whole step, from binarization to Adam, into one program. On a GPU, the step's kernels
-are recorded once as a CUDA graph and then replayed. Matrix products use the fastest precision the hardware has.
+train.py writes the step once. Here it is compiled into one program, and on a GPU several steps are recorded as one
+graph. A program is believed only after its first result has been compared with that of the code as written. Matrix
+products use the fastest precision that the hardware has.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch import Tensor
 from tqdm import tqdm
 
-from data import binarize, draw_bits
 from utils import one_line
 
 PRECISIONS = ("highest", "medium", "bfloat16")
-STEPS_WORTH_COMPILING = 5000  # they save about the time that compiling takes
+STEPS_WORTH_COMPILING = {"cpu": 5_000, "cuda": 30_000}  # they save about the time that compiling takes
+ROUNDING = 1e-3  # how far results may be apart in float32, relative to their size
 
-Step = Callable[[Tensor, Tensor], Tensor]  # indices of a batch (B,) and rates (2,) -> the negative ELBO, summed
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # inputs, targets, y, rates -> the negative ELBO of the batch
+Outcome = list[list[Tensor]]  # a result, and groups of the tensors that it changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,219 +38,244 @@ def matmul_precision(name: str, device: str | torch.device) -> Iterator[None]:
     medium rounds the factors of float32 products to bfloat16 or TF32 on hardware with units for those. Autocast does
     not cache rounded weights, because training changes them within this context.
     """
-    before, autocast = torch.get_float32_matmul_precision(), contextlib.nullcontext()
-    if name == "bfloat16":
-        name, autocast = "highest", torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False)
-    torch.set_float32_matmul_precision(name)
+    before = torch.get_float32_matmul_precision()
+    is_bfloat16 = name == "bfloat16"
+    torch.set_float32_matmul_precision("highest" if is_bfloat16 else name)
     try:
-        with autocast:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, is_bfloat16, cache_enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def choose_precision(device: torch.device, batch_size: int) -> str:
+def choose_precision(device: torch.device, batch_size: int, is_compiled: bool) -> str:
     """The fastest precision for batches of that size: bfloat16, medium or highest.
 
-    Below 128 images, casts to bfloat16 cost more than they save; without AMX, so does rounding inside products.
+    On a CPU, batches below 128 images lose more by casts than they gain. Without AMX, rounding inside products costs
+    more than it saves. On a GPU, casts pay only where a compiler joins them with other work.
     """
-    units = bfloat16_units()
-    if device.type != "cpu" or not units:
-        return "medium"
-    if batch_size >= 128:
-        return "bfloat16"
-    return "medium" if "amx_bf16" in units else "highest"
+    if device.type == "cuda":
+        return "bfloat16" if is_compiled and torch.cuda.is_bf16_supported(including_emulation=False) else "medium"
+    if device.type == "cpu" and bfloat16_units():
+        return "bfloat16" if batch_size >= 128 else "highest"
+    return "medium"
 
 
 def bfloat16_units() -> set[str]:
     """The CPU's units for products of bfloat16. Without any, such products take many times longer than float32's."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older PyTorch
+    capabilities = torch.cpu.get_capabilities()
     return {name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One compiled program for a CPU
+# One compiled program
 
 
 def is_worth_compiling(device: torch.device, ranks: int, steps: int) -> bool:
-    """Whether compiling pays: in one process on a CPU with a C++ compiler, for STEPS_WORTH_COMPILING steps or more."""
-    has_compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")))
-    return device.type == "cpu" and ranks == 1 and has_compiler and steps >= STEPS_WORTH_COMPILING
+    """Whether compiling pays: in one process, for STEPS_WORTH_COMPILING steps or more, with a compiler."""
+    cpp_compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    has_compiler = device.type == "cuda" or any(map(shutil.which, cpp_compilers))
+    return ranks == 1 and has_compiler and steps >= STEPS_WORTH_COMPILING.get(device.type, math.inf)
 
 
-class Program:
-    """A function compiled into one program, which draws the random numbers that the function would.
+def compile_checked(
+    function: Callable[..., Tensor],
+    outcome: Callable[[Callable[..., Tensor]], Outcome],
+    device: torch.device,
+    what: str,
+    freeze: bool = False,
+) -> Callable[..., Tensor]:
+    """Compiles a function into one program. Returns the function itself, after a warning about `what`, if that fails.
 
-    Once the program has failed, a line says why, and calls return None. It is never compiled for arguments of other
-    shapes or kinds, because that takes as long every time, so these are a failure.
+    outcome(function) calls the function on an example with fixed draws and returns what that gives. The program's
+    outcome may differ from the function's by about as much as the precision of products does. A later call that would
+    need another program raises an exception. freeze builds the weights in as constants, which makes products of
+    matrices faster without gradients.
     """
-
-    def __init__(self, function: Callable[..., Tensor], warning: str, freeze: bool = False):
-        """freeze: build the weights in as constants, which makes products of matrices faster without gradients."""
-        function.__code__ = function.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
-        self.compile = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        self.compiled: Callable[..., Tensor] | None = None
-        self.warning, self.freeze, self.has_failed = warning, freeze, False
-
-    def __call__(self, *args: Any) -> Tensor | None:
-        if self.has_failed:
-            return None
-        try:
-            if self.compiled:
-                return self.compiled(*args)
-            with torch._inductor.config.patch(freezing=self.freeze):
-                return self._compile(args)
-        except Exception as error:  # of many kinds, from PyTorch and from the compiler
-            self.has_failed = True
-            tqdm.write(f"warning: {self.warning} ({type(error).__name__}: {one_line(error)[:200]})", file=sys.stderr)
-            return None
-
-    def _compile(self, args: tuple[Any, ...]) -> Tensor:
-        """Compiles the function, and calls it for the first time."""
-        try:
-            self.compiled = self.compile.aot_compile((args, {}))  # spares each call the search for its program
-        except Exception:  # local classes, among others, cannot be compiled ahead of time
-            result = self.compile(*args)
-            self.compiled = torch.compiler.set_stance("fail_on_recompile")(self.compile)
-            return result
-        return self.compiled(*args)
+    function.__code__ = function.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
+    options = {"fallback_random": True}  # the draws of the function as written
+    if device.type == "cuda":
+        options["combo_kernels"] = True  # independent small kernels become one
+    expected = outcome(function)
+    with matmul_precision("highest", device):
+        exact = outcome(function)
+    tolerance = ROUNDING + 4 * relative_error(expected, exact)
+    program = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    try:
+        with torch._dynamo.config.patch(trace_autograd_ops=True), torch._inductor.config.patch(freezing=freeze):
+            error = relative_error(outcome(program), expected)
+    except Exception as error:  # of many kinds, from PyTorch and from the compiler
+        warn_slower(f"{what} is not compiled", error)
+        return function
+    if not error <= tolerance:  # nan too
+        reason = f"the program's result is off by {error:.1e}, where {tolerance:.1e} would be rounding"
+        warn_slower(f"{what} is not compiled", reason)
+        return function
+    return torch.compiler.set_stance("fail_on_recompile")(program)
 
 
-class CompiledStep:
-    """A training step as one program: binarization, both passes and Adam.
+def warn_slower(what: str, reason: Exception | str) -> None:
+    """Says on stderr that a computation goes on, only slower."""
+    if isinstance(reason, Exception):
+        reason = f"{type(reason).__name__}: {one_line(reason)[:200]}"
+    tqdm.write(f"warning: {what}; going on slower, with the same results ({reason})", file=sys.stderr)
 
-    Like the eager step, it updates the weights and Adam's state in place, and it draws the same random numbers.
-    Batches of another size, and all batches after the program has failed once, go to the eager step.
-    """
 
-    def __init__(
-        self,
-        eager: Step,
-        objective: nn.Module,
-        optimizer: torch.optim.Adam,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        binarization: str,
-        clip_grad_norm: float | None,
-    ):
-        """objective: inputs, targets, y, kl_weight -> the loss and the negative ELBO. images are (N, ...) uint8."""
-        shape = images.shape[1:]
-        self.eager, self.images, self.labels = eager, images.flatten(1), labels  # flat images make faster code
-        self.batch_size, self.binarization = min(batch_size, len(images)), binarization
-        trainable = {name: weight for name, weight in objective.named_parameters() if weight.requires_grad}
-        self.weights = {name: weight.detach() for name, weight in trainable.items()}  # the same memory
-        self.buffers = dict(objective.named_buffers())
-        self.adam = [adam_state(optimizer, weight) for weight in trainable.values()]
-        (group,) = optimizer.param_groups
-        self.betas = torch.tensor(group["betas"], device=images.device, dtype=torch.float64)
-
-        def loss(weights: dict[str, Tensor], buffers: dict[str, Tensor], *args: Tensor) -> tuple[Tensor, Tensor]:
-            return functional_call(objective, weights | buffers, args)
-
-        def whole_step(weights, buffers, adam, images, y, bits, rates, corrections):  # type: ignore[no-untyped-def]
-            lr, kl_weight = rates.unbind()
-            inputs, targets = (x.view(-1, *shape) for x in binarize(images, binarization, bits=bits))
-            batch = inputs, targets, y, kl_weight
-            gradients, (_, neg_elbo) = grad_and_value(loss, has_aux=True)(weights, buffers, *batch)
-            if clip_grad_norm:
-                scale = (clip_grad_norm / nn.utils.get_total_norm(gradients.values())).clamp(max=1)
-                gradients = {name: scale * gradient for name, gradient in gradients.items()}
-            for name, state in zip(weights, adam, strict=True):
-                adam_step(weights[name], gradients[name], state, lr, corrections, group["betas"], group["eps"])
-            return neg_elbo
-
-        warning = "the step cannot be compiled; training continues uncompiled, slower but with the same results"
-        self.program = Program(whole_step, warning)
-        tqdm.write("compiling the training step, which takes up to half a minute (--no-compile skips it)")
-        sys.stdout.flush()
-        self._try_out()
-
-    def _try_out(self) -> None:
-        """Takes one step, which compiles the program, and undoes it."""
-        state = [*self.weights.values(), *self.buffers.values(), *(x for state in self.adam for x in state.values())]
-        before = [tensor.clone() for tensor in state]
-        self._try(torch.arange(self.batch_size, device=self.images.device), torch.ones(2, device=self.images.device))
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-
-    def __call__(self, batch: Tensor, rates: Tensor) -> Tensor:
-        fits = len(batch) == self.batch_size and not self.program.has_failed
-        neg_elbo = self._try(batch, rates) if fits else None
-        return self.eager(batch, rates) if neg_elbo is None else neg_elbo
-
-    def _try(self, batch: Tensor, rates: Tensor) -> Tensor | None:
-        """Runs the program. Returns None if it fails."""
-        images = self.images.index_select(0, batch)
-        bits = None
-        if self.binarization == "dynamic":
-            bits = draw_bits(images.shape, images.device).float()  # a kernel that read int16 would not be vectorized
-        corrections = (1 - self.betas ** (self.adam[0]["step"] + 1)).float()
-        y, state = self.labels.index_select(0, batch), (self.weights, self.buffers, self.adam)
+def try_out(call: Callable[[], Tensor], state: list[list[Tensor]]) -> Outcome:
+    """What a call returns and makes of the state's tensors, which are then restored."""
+    tensors = [tensor for group in state for tensor in group]
+    before = [tensor.detach().clone() for tensor in tensors]
+    gpus = {tensor.device for tensor in tensors if tensor.is_cuda}
+    try:
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(0)
+            result = call().detach().clone()
+        return [[result], *([tensor.detach().clone() for tensor in group] for group in state)]
+    finally:
         with torch.no_grad():
-            return self.program(*state, images, y, bits, rates, corrections)
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
 
 
-def adam_state(optimizer: torch.optim.Adam, weight: Tensor) -> dict[str, Tensor]:
-    """Adam's state of a weight, which it would otherwise make in its first step."""
-    if not optimizer.state[weight]:
-        zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        optimizer.state[weight] = {"step": torch.zeros((), device=weight.device), **zeros}
-    return optimizer.state[weight]
+def relative_error(found: Outcome, expected: Outcome) -> float:
+    """The largest difference between two outcomes' tensors, or nan.
 
-
-def adam_step(
-    weight: Tensor,
-    gradient: Tensor,
-    state: dict[str, Tensor],
-    lr: Tensor,
-    corrections: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """Takes a step of Adam (Kingma & Ba 2015, arXiv 1412.6980, algorithm 1) in place, with torch.optim.Adam's state.
-
-    corrections (2,) are the bias corrections 1 - beta^t of this step t, computed by the caller in float64.
+    Differences are relative to the tensor's size plus its group's, as root mean squares, because a gradient that is 0
+    but for rounding has no relative error.
     """
-    state["exp_avg"].lerp_(gradient, 1 - betas[0])
-    state["exp_avg_sq"].lerp_(gradient**2, 1 - betas[1])
-    first, second = corrections.unbind()
-    weight.sub_(lr / first * state["exp_avg"] / ((state["exp_avg_sq"] / second).sqrt() + eps))
-    state["step"].add_(1)
+    errors = [torch.zeros((), dtype=torch.float64)]
+    for tensors, others in zip(found, expected, strict=True):
+        if not others:
+            continue
+        size = torch.cat([other.double().flatten() for other in others]).square().mean().sqrt()
+        for tensor, other in zip(tensors, others, strict=True):
+            difference, own_size = (x.double().square().mean().sqrt() for x in (tensor.double() - other, other))
+            errors.append((difference / (own_size + size).clamp(min=1e-30)).cpu())
+    return torch.stack(errors).max().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One recorded graph for a GPU
+# Several steps
 
 
-class CudaGraph:
-    """A function of CUDA tensors whose kernels are recorded once and then replayed instead of launched one by one.
+class Steps:
+    """Takes training steps, with a step as written or compiled."""
 
-    The function may draw random numbers and change other tensors in place, but it must never wait for the GPU. The next
-    call overwrites what it returns. Calls with other shapes than the first call's run without the graph.
+    def __init__(self, step: Step, state: list[list[Tensor]]):
+        """state: all tensors that a step changes, in groups of one kind."""
+        self.step, self.state = step, state
+        self.program: Step | None = None
+        self.batch_size = 0  # of the program
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether batches of the usual size are taken by a program."""
+        return self.program is not None
+
+    def compile(self, *example: Tensor) -> None:
+        """Compiles the step for batches of the example's size. Others are taken as written."""
+        example = tuple(
+            tensor[:] for tensor in example
+        )  # inputs and targets may be one tensor, but later are two views
+        tqdm.write("compiling the training step, which takes up to half a minute (--no-compile skips it)")
+        sys.stdout.flush()
+
+        def outcome(step: Step) -> Outcome:
+            return try_out(lambda: step(*example), self.state)
+
+        program = compile_checked(self.step, outcome, example[0].device, "the training step")
+        if program is not self.step:
+            self.program, self.batch_size = program, len(example[0])
+
+    def __call__(self, inputs: Tensor, targets: Tensor, y: Tensor, rates: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Takes steps on batches of these sizes, which lie one after the other in inputs, targets (N, ...) and y (N,).
+
+        rates (steps, 3) are those of train.make_step. Returns the negative ELBO of each step (steps,), in nats for its
+        batch.
+        """
+        neg_elbos = []
+        for batch in zip(inputs.split(sizes), targets.split(sizes), y.split(sizes), rates, strict=True):
+            if self.program and len(batch[0]) == self.batch_size:
+                try:
+                    neg_elbos.append(self.program(*batch))
+                    continue
+                except Exception as error:  # a Python number of the model's has changed, for example
+                    warn_slower("the training step is no longer compiled", error)
+                    self.program = None
+            neg_elbos.append(self.step(*batch))
+        return torch.stack(neg_elbos)
+
+
+class Recorded:
+    """Steps on a GPU, recorded together as a CUDA graph and then replayed instead of launched kernel by kernel.
+
+    There is a graph for each sequence of batch sizes, recorded when it comes for the second time: the first time, steps
+    allocate memory and choose kernels. The next call overwrites what a call returns.
     """
 
-    def __init__(self, function: Callable[..., Tensor], warmup: int = 3):
-        self.function, self.warmup, self.args, self.graph = function, warmup, None, None
+    def __init__(self, steps: Steps):
+        self.steps = steps
+        self.seen: set[tuple[int, ...]] = set()
+        self.graphs: dict[tuple[int, ...], tuple[list[Tensor], Callable[[], Tensor]]] = {}
+        self.is_recordable = True
 
-    def __call__(self, *args: Tensor) -> Tensor:
-        self.args = self.args or [arg.clone() for arg in args]
-        if any(arg.shape != static.shape for arg, static in zip(args, self.args, strict=True)):
-            return self.function(*args)
-        for arg, static in zip(args, self.args, strict=True):
-            static.copy_(arg)
-        if self.warmup > 0:  # the first calls allocate memory and choose kernels, on a stream of their own
-            self.warmup -= 1
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-                result = self.function(*self.args)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.result = self.function(*self.args)
-        self.graph.replay()
-        return self.result
+    @property
+    def is_compiled(self) -> bool:
+        """Whether batches of the usual size are taken by a program."""
+        return self.steps.is_compiled
+
+    def __call__(self, *tensors: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Takes steps as Steps does."""
+        key = tuple(sizes)
+        if key in self.seen and key not in self.graphs and self.is_recordable:
+            self.record(key, [tensor.clone() for tensor in tensors])
+        self.seen.add(key)
+        if key not in self.graphs:
+            return self.steps(*tensors, sizes)
+        static, replay = self.graphs[key]
+        for place, tensor in zip(static, tensors, strict=True):
+            place.copy_(tensor)
+        return replay()
+
+    def record(self, key: tuple[int, ...], static: list[Tensor]) -> None:
+        """Records a graph that reads its arguments from static tensors, if it computes what the steps compute."""
+
+        def call() -> Tensor:
+            return self.steps(*static, key)
+
+        try:
+            with no_waiting():
+                expected = try_out(call, self.steps.state)
+            replay = record_graph(call)
+            error = relative_error(try_out(replay, self.steps.state), expected)
+            if not error <= 10 * ROUNDING:  # the kernels are the same, but sums may be taken in another order
+                raise RuntimeError(f"the recorded steps' result is off by {error:.1e}")
+            self.graphs[key] = static, replay
+        except RuntimeError as error:
+            self.is_recordable = False
+            warn_slower("the steps are not recorded", error)
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """A context in which it is an error that the CPU waits for the GPU, which a graph cannot do."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(action="ignore"):  # PyTorch warns that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def record_graph(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Records the kernels of a function as a CUDA graph. Returns a function that replays them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

@@ -16,14 +16,13 @@ import math
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import evaluate
@@ -31,21 +30,21 @@ import measure
 import pictures
 import utils
 from data import BINARIZE, BINARIZED_DATASETS, DATASETS, ImageData, binarize, load_dataset
-from model import ACTIVATIONS, LIKELIHOODS, VAE, Decoder, LatentZ, nll_from_log_weights
+from model import ACTIVATIONS, LIKELIHOODS, VAE, Decoder, LatentZ
 from step import (
     PRECISIONS,
     STEPS_WORTH_COMPILING,
-    CompiledStep,
-    CudaGraph,
+    Recorded,
     Step,
+    Steps,
     choose_precision,
     is_worth_compiling,
     matmul_precision,
 )
-from utils import UserError, count, flag, number, rank_and_ranks, text
+from utils import UserError, count, flag, number, rank_and_ranks, sum_gradients, text
 
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second", "seconds")
-AVERAGES_PER_EPOCH = 50  # as good as averaging after every step, and nine times cheaper at 469 steps per epoch
+STEPS_AT_ONCE = 8  # binarized together, recorded together on a GPU, and followed by an update of the averaged weights
 PLACES = ("data_dir", "out_dir")  # paths on this machine, which a checkpoint does not keep
 RESUMABLE = ("epochs", "dataset", "data_dir", "device", "compile", "precision")  # what --resume takes
 SIZES = (
@@ -108,7 +107,7 @@ def _add_data_and_model_options(parser: utils.ArgumentParser) -> None:
 
 
 def _add_training_options(parser: utils.ArgumentParser) -> None:
-    positive, nonnegative, whole = number(float, 1e-37, 1e37), number(float, 0, 1e6), number(int, 0, 2**31)
+    positive, nonnegative, whole = number(float, 1e-30, 1e30), number(float, 0, 1e6), number(int, 0, 2**31)
     add = parser.add_argument_group("training").add_argument
     schedules = ("constant", "cosine", "burda2016")
     add("--epochs", type=count, help="passes over the training set (default: 20, and 150 on mnist-5k)")
@@ -128,7 +127,8 @@ def _add_training_options(parser: utils.ArgumentParser) -> None:
     add("--kl-warmup", type=nonnegative, default=0.0, help="epochs over which the KL's weight rises to beta")
 
     add = parser.add_argument_group("computation").add_argument
-    how = f"compile the step (default: for {STEPS_WORTH_COMPILING:,} steps or more, on a CPU with a C++ compiler)"
+    cpu, gpu = (f"{STEPS_WORTH_COMPILING[device]:,}" for device in ("cpu", "cuda"))
+    how = f"compile the step (default: for {cpu} steps or more on a CPU with a C++ compiler, {gpu} on a GPU)"
     add("--device", choices=utils.DEVICES, default="auto", help="auto is the first of cuda, mps and cpu available")
     add("--compile", action=BooleanOptionalAction, help=how)
     add("--precision", choices=PRECISIONS, help="of matrix products (default: the fastest on this machine)")
@@ -168,95 +168,141 @@ def parse_given(parser: utils.ArgumentParser, words: list[str] | None = None) ->
 # Training
 
 
-class Objective(nn.Module):
-    """What Adam minimizes. A module, because DistributedDataParallel wraps modules."""
+class Adam:
+    """Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1, with one count of steps for all weights."""
 
-    def __init__(self, model: VAE, num_samples: int | None):
-        """num_samples: None for the ELBO, K for the IWAE's bound with K draws of z."""
-        super().__init__()
-        self.model, self.num_samples = model, num_samples
+    def __init__(
+        self, weights: Iterable[Tensor], lr: float, eps: float = 1e-8, betas: tuple[float, float] = (0.9, 0.999)
+    ):
+        self.weights = [weight for weight in weights if weight.requires_grad]
+        self.lr = lr
+        self.eps = eps
+        self.betas = betas
+        self.steps = 0
+        self.first = [torch.zeros_like(weight) for weight in self.weights]  # moving averages of the gradient
+        self.second = [torch.zeros_like(weight) for weight in self.weights]  # and of its square
 
-    def forward(self, inputs: Tensor, targets: Tensor, y: Tensor, kl_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, ...) and labels (B,) -> the loss and the negative ELBO, in nats for the batch."""
-        if self.num_samples is None:
-            reconstruction, kl = self.model.elbo_terms(inputs, targets, y)
-            return (reconstruction + kl_weight * kl).sum(), (reconstruction + kl).sum()
-        q, p = self.model.posterior(inputs, y), self.model.prior(y)
-        log_weights = self.model.log_importance_weights(q, p, targets, self.num_samples, y)
-        return nll_from_log_weights(log_weights).sum(), -log_weights.mean(0).sum()
+    def corrected(self, lr: float, ahead: int) -> tuple[float, float]:
+        """The step size and epsilon of the step after `ahead` others, corrected for the moments' bias (section 2)."""
+        t = self.steps + ahead + 1
+        beta1, beta2 = self.betas
+        root = math.sqrt(1 - beta2**t)
+        return lr * root / (1 - beta1**t), self.eps * root
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], step_size: Tensor, eps: Tensor) -> None:
+        """Changes the weights by one step. The caller counts steps."""
+        beta1, beta2 = self.betas
+        for weight, gradient, first, second in zip(self.weights, gradients, self.first, self.second, strict=True):
+            first.lerp_(gradient, 1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            weight.sub_((step_size * first).div_(second.sqrt().add_(eps)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.optim.Adam has it."""
+        group = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": 0, "amsgrad": False}
+        group["params"] = list(range(len(self.weights)))
+        state = {}
+        for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+            state[i] = {"step": torch.tensor(float(self.steps)), "exp_avg": first, "exp_avg_sq": second}
+        return {"state": state, "param_groups": [group]}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+            state = saved["state"][i]
+            self.steps = int(state["step"])
+            first.copy_(state["exp_avg"])
+            second.copy_(state["exp_avg_sq"])
 
 
-def make_step(
-    model: VAE,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    options: Namespace,
-    num_samples: int | None = None,
-) -> Step:
-    """Returns step(batch, rates): one step of Adam on the images (N, ...) uint8 that the indices batch (B,) select.
+def make_step(model: VAE, adam: Adam, options: Namespace, num_samples: int | None = None) -> Step:
+    """Returns step(inputs, targets, y, rates), which takes one step of Adam on a batch.
 
-    rates (2,) holds the learning rate and the weight of the KL; num_samples is Objective's. The step returns the
-    negative ELBO that it found, in nats for the whole batch, and never makes the CPU wait for a GPU. With several
-    processes, batch is this one's share, and the gradients are those of all shares together.
+    inputs and targets are (B, ...), labels y are (B,), and rates (3,) holds Adam's step size and epsilon and the weight
+    of the KL. num_samples is None for the ELBO, or K for the IWAE's bound with K draws of z. The step returns the
+    negative ELBO that it found, in nats for the whole batch. With several processes, the batch is this one's share, and
+    the gradients are those of all shares together.
     """
-    _, ranks = rank_and_ranks()
-    objective = Objective(model.train(), num_samples)
-    shared = DistributedDataParallel(objective, static_graph=True) if ranks > 1 else objective
-    scale = torch.tensor(float(ranks), device=images.device)  # undoes DDP's mean over ranks: the loss is a sum
 
-    def step(batch: Tensor, rates: Tensor) -> Tensor:
-        lr, kl_weight = rates.unbind()
-        inputs, targets = binarize(images.index_select(0, batch), options.binarize)
-        loss, neg_elbo = shared(inputs, targets, labels.index_select(0, batch), kl_weight)
-        optimizer.zero_grad()
-        loss.backward(scale.to(loss.dtype))
+    def step(inputs: Tensor, targets: Tensor, y: Tensor, rates: Tensor) -> Tensor:
+        step_size, eps, kl_weight = rates.unbind()
+        if num_samples is None:
+            loss, neg_elbo = model.loss(inputs, targets, y, kl_weight)
+        else:
+            loss, neg_elbo = model.iwae_loss(inputs, targets, y, num_samples)
+        gradients = torch.autograd.grad(loss.sum(), adam.weights, materialize_grads=True)
+        gradients = sum_gradients(gradients)
         if options.clip_grad_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        return neg_elbo.detach()
+            scale = (options.clip_grad_norm / nn.utils.get_total_norm(gradients)).clamp(max=1)
+            gradients = [scale * gradient for gradient in gradients]
+        adam.update(gradients, step_size, eps)
+        return neg_elbo.detach().sum()
 
-    if images.is_cuda and ranks == 1:
-        return CudaGraph(step)
-    if not options.compile or ranks > 1 or images.device.type != "cpu":
-        return step
-    how = options.batch_size, options.binarize, options.clip_grad_norm
+    return step
+
+
+def make_steps(
+    model: VAE, adam: Adam, images: Tensor, labels: Tensor, options: Namespace, num_samples: int | None = None
+) -> Steps | Recorded:
+    """The step, made fast: compiled if the options say so, and recorded on a GPU. Other arguments are make_step's."""
+    model.train()
+    state = [adam.weights, list(model.buffers()), adam.first, adam.second]
+    steps = Steps(make_step(model, adam, options, num_samples), state)
     with matmul_precision(options.precision, images.device):
-        return CompiledStep(step, objective, optimizer, images, labels, *how)
+        if options.compile:
+            inputs, targets = binarize(images[: options.batch_size], options.binarize)
+            rates = torch.tensor([*adam.corrected(1e-3, 0), 1.0], device=images.device)
+            steps.compile(inputs, targets, labels[: options.batch_size], rates)
+    is_alone = rank_and_ranks()[1] == 1
+    return Recorded(steps) if images.is_cuda and is_alone else steps
 
 
 def train_epoch(
-    step: Step,
+    steps: Steps | Recorded,
     model: VAE,
     average: VAE,
-    num_images: int,
+    adam: Adam,
+    images: Tensor,
+    labels: Tensor,
     epoch: int,
     options: Namespace,
-    check_signals: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """One pass over the images in a new order -> the negative ELBO of each step, one per batch, in nats: (steps,)."""
+    """One pass over the images (N, ...) uint8 and labels (N,) in a new order.
+
+    Returns the negative ELBO of each step, one per batch, in nats: (steps,).
+    """
     rank, ranks = rank_and_ranks()
-    device = next(model.parameters()).device
+    device = images.device
     utils.seed_epoch(options.seed, epoch)
-    batches = list(torch.randperm(num_images, device=device).split(options.batch_size))  # the same on every rank
+    batches = list(torch.randperm(len(images), device=device).split(options.batch_size))  # the same on every rank
     if len(batches) > 1 and len(batches[-1]) < min(2 * ranks, options.batch_size):
         batches[-2:] = [torch.cat(batches[-2:])]  # too few for two on every rank, which normalizations need
     if rank > 0:
         utils.seed_epoch(options.seed, epoch, rank)  # different noise on each rank
-    starts = [epoch - 1 + i / len(batches) for i in range(len(batches))]  # in epochs
-    rates = [(learning_rate(start, options), kl_weight(start, options)) for start in starts]
-    rates = torch.tensor(rates, device=device)
     neg_elbos = torch.empty(len(batches), device=device)  # read when the epoch ends, so the CPU never waits for a GPU
-    stride = max(1, len(batches) // AVERAGES_PER_EPOCH)
+    averages = math.ceil(len(batches) / STEPS_AT_ONCE)  # in an epoch
     model.train()
-    bar = tqdm(batches, f"epoch {epoch}", unit=" steps", leave=False, disable=None if rank == 0 else True)
-    with matmul_precision(options.precision, device):
-        for i, batch in enumerate(bar):
-            neg_elbos[i] = step(batch[rank::ranks], rates[i])
-            if options.average and i % stride == 0:
-                update_average(average, model, count=(epoch - 1) * math.ceil(len(batches) / stride) + i // stride)
-            check_signals()
+    bar = tqdm(
+        total=len(batches), desc=f"epoch {epoch}", unit=" steps", leave=False, disable=None if rank == 0 else True
+    )
+    with bar, matmul_precision(options.precision, device):
+        for i in range(averages):
+            now = slice(i * STEPS_AT_ONCE, (i + 1) * STEPS_AT_ONCE)
+            shares = [batch[rank::ranks] for batch in batches[now]]
+            chosen = torch.cat(shares)
+            inputs, targets = binarize(images.index_select(0, chosen), options.binarize)
+            y = labels.index_select(0, chosen)
+            rates = []
+            for step in range(len(batches))[now]:
+                done = epoch - 1 + step / len(batches)  # in epochs
+                rates.append((*adam.corrected(learning_rate(done, options), step), kl_weight(done, options)))
+            rates = torch.tensor(rates, device=device)
+            neg_elbos[now] = steps(inputs, targets, y, rates, sizes=list(map(len, shares)))
+            if options.average:
+                update_average(average, model, count=(epoch - 1) * averages + i)
+            bar.update(len(shares))
+    adam.steps += len(batches)
     return utils.sum_over_ranks(neg_elbos).cpu()
 
 
@@ -281,16 +327,17 @@ def fit(
     test_set = measure.make_test_set(dataset, options.binarize, device)
     average = average.to(device).eval()
     model = copy.deepcopy(average) if options.average else average
-    optimizer = restore(model, checkpoint, options)
-    is_likelihood, step = measure.is_likelihood(average, test_set), None
+    adam = restore(model, checkpoint, options)
+    is_likelihood, steps = measure.is_likelihood(average, test_set), None
     with utils.hold_signals() as check_signals:
         for epoch in range(len(history) + 1, options.epochs + 1):
-            if step is None or epoch == options.elbo_epochs + 1:
+            if steps is None or epoch == options.elbo_epochs + 1:
                 is_iwae = options.objective == "iwae" and epoch > options.elbo_epochs
                 num_samples = options.importance_samples if is_iwae else None
-                step = make_step(model, optimizer, images, labels, options, num_samples)
+                steps = make_steps(model, adam, images, labels, options, num_samples)
             started = time.perf_counter()
-            neg_elbos = train_epoch(step, model, average, len(images), epoch, options, check_signals)
+            neg_elbos = train_epoch(steps, model, average, adam, images, labels, epoch, options)
+            check_signals()
             seconds = time.perf_counter() - started
             with matmul_precision(options.precision, device):
                 test_losses = compute_test_losses(average.eval(), test_set)
@@ -300,8 +347,8 @@ def fit(
             if rank > 0:
                 continue
             # A resumed run then makes the same choice
-            options.compile = isinstance(step, CompiledStep) and not step.program.has_failed
-            save(run, average, model, optimizer, options, checksum, history)
+            options.compile = steps.is_compiled
+            save(run, average, model, adam, options, checksum, history)
             print(epoch_line(history[-1], options, dataset, is_likelihood), flush=True)
             if epoch == options.epochs or epoch & (epoch - 1) == 0:  # drawing takes a while: at 1, 2, 4, 8, ...
                 draw(run, average, dataset, test_set, options, history)
@@ -315,16 +362,14 @@ def training_images(dataset: ImageData, options: Namespace, device: torch.device
     return (torch.cat([images, images.flip(-1)]), labels.repeat(2)) if options.mirror else (images, labels)
 
 
-def restore(model: VAE, checkpoint: dict[str, Any], options: Namespace) -> torch.optim.Adam:
+def restore(model: VAE, checkpoint: dict[str, Any], options: Namespace) -> Adam:
     """Loads the checkpoint's training weights into the model and returns Adam in the checkpoint's state."""
     model.load_state_dict(checkpoint["training_weights"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, eps=options.adam_eps, fused=True)
+    utils.broadcast(model.state_dict().values())
+    adam = Adam(model.parameters(), options.lr, options.adam_eps)
     if "optimizer_state_dict" in checkpoint:
-        state = checkpoint["optimizer_state_dict"]["state"]  # the rest is in the options
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    is_graph = next(model.parameters()).is_cuda and rank_and_ranks()[1] == 1
-    optimizer.param_groups[0]["capturable"] = is_graph
-    return optimizer
+        adam.load_state_dict(checkpoint["optimizer_state_dict"])
+    return adam
 
 
 def compute_test_losses(model: VAE, test_set: measure.Examples) -> tuple[float, float, float]:
@@ -363,8 +408,7 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
     averaged like the weights; other buffers are copied.
     """
     share = (eta + 1) / (count + 1 + eta)
-    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, share)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
     for mean, buffer in zip(average.buffers(), model.buffers(), strict=True):
         if buffer.is_floating_point():
             mean.copy_(torch.where(buffer.isinf(), buffer, mean.lerp(buffer, share)))  # a lerp of inf would be nan
@@ -521,7 +565,7 @@ def complete(options: Namespace, dataset: ImageData, model: VAE) -> None:
         num_images = len(dataset.train_images) * (2 if options.mirror else 1)
         steps = options.epochs * math.ceil(num_images / options.batch_size)
         options.compile = is_worth_compiling(device, ranks, steps)
-    options.precision = options.precision or choose_precision(device, options.batch_size)
+    options.precision = options.precision or choose_precision(device, options.batch_size, options.compile)
     vars(options).update({name: model.config[name] for name in SIZES if name in model.config})
     options.binarize = options.binarize or measure.usual_binarization(model)
 
@@ -618,14 +662,11 @@ def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: 
 # What a run leaves
 
 
-def save(
-    run: Path, average: VAE, model: VAE, optimizer: Any, options: Namespace, checksum: int, history: History
-) -> None:
+def save(run: Path, average: VAE, model: VAE, adam: Adam, options: Namespace, checksum: int, history: History) -> None:
     """Writes checkpoint.pt, from which everything else in the run folder can be made again, and metrics.csv."""
-    optimizer.param_groups[0]["lr"] = options.lr  # the plain number; the next step sets the schedule's
     checkpoint = {
         "model_state_dict": average.state_dict(),
-        "optimizer_state_dict": optimizer.state_dict(),
+        "optimizer_state_dict": adam.state_dict(),
         "model": average.config,
         "class": utils.class_name(type(average)),
         "training_weights": model.state_dict(),

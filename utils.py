@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -194,10 +194,6 @@ def process_group() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    # DistributedDataParallel would import this later and capture the group in default arguments. The group's threads
-    # would then outlive the interpreter, and about one run in ten would abort.
-    import torch.distributed.nn
-
     if has_gpus():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus() else "gloo", timeout=timedelta(seconds=60))
@@ -226,6 +222,22 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if rank_and_ranks()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives every rank the tensors of the first, in place."""
+    if rank_and_ranks()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def sum_gradients(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Adds up the gradients of all ranks."""
+    if rank_and_ranks()[1] == 1:
+        return gradients
+    whole = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))  # one message, not many
+    parts = whole.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
 def seed_epoch(seed: int, epoch: int, rank: int = 0) -> None:

@@ -38,17 +38,22 @@ class SemiSupervisedVAE(ConditionalVAE):
         self.register_buffer("labels", torch.arange(num_classes).repeat_interleave(LABELS))
         self.register_buffer("labelled", torch.zeros(num_classes * LABELS, input_size, dtype=torch.uint8))
 
-    def elbo_terms(self, x: Tensor, targets: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """In training, the terms of U(x), (B,), with the labelled images' gradient. Otherwise those of L(x, y)."""
-        if not self.training:
-            return super().elbo_terms(x, targets, y)
-        log_q = self.classifier(x).float().log_softmax(-1)  # (B, C)
-        each = torch.arange(log_q.shape[1], device=x.device).repeat(len(x))
-        images = (images.repeat_interleave(log_q.shape[1], 0) for images in (x, targets))
-        reconstruction, kl = (terms.view_as(log_q) for terms in super().elbo_terms(*images, each))
-        kl, x, y = kl + log_q + math.log(log_q.shape[1]), torch.bernoulli(self.labelled / 255), self.labels
-        loss = GAMMA * sum(super().elbo_terms(x, x, y)).mean() + ALPHA * F.cross_entropy(self.classifier(x).float(), y)
-        return (log_q.exp() * reconstruction).sum(1) + loss - loss.detach(), (log_q.exp() * kl).sum(1)
+    def loss(
+        self, inputs: Tensor, targets: Tensor, y: Tensor | None = None, kl_weight: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The loss above, and U(x), each (B,). The labels y are not used."""
+        log_q = self.classifier(inputs).float().log_softmax(-1)  # (B, C)
+        num_classes = log_q.shape[1]
+        each = torch.arange(num_classes, device=inputs.device).repeat(len(inputs))
+        x, x_targets = inputs.repeat_interleave(num_classes, 0), targets.repeat_interleave(num_classes, 0)
+        reconstruction, kl = (term.view_as(log_q) for term in self.elbo_terms(x, x_targets, each))
+        q = log_q.exp()
+        reconstruction = (q * reconstruction).sum(1)
+        kl = (q * (kl + log_q + math.log(num_classes))).sum(1)
+        labelled = torch.bernoulli(self.labelled / 255)
+        with_label = sum(self.elbo_terms(labelled, labelled, self.labels)).mean()
+        classification = F.cross_entropy(self.classifier(labelled).float(), self.labels)
+        return reconstruction + kl_weight * kl + GAMMA * with_label + ALPHA * classification, reconstruction + kl
 
 
 def make_model(dataset: ImageData, options: Namespace) -> SemiSupervisedVAE:

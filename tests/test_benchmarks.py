@@ -75,14 +75,13 @@ def test_tricks_can_be_done_without(measure: Callable):
     labels = torch.zeros(4000, dtype=torch.int64)
     dataset = ImageData("gray", ["gray"], images, labels, images, labels)
     with throughput.without(*throughput.TRICKS):
-        assert train.AVERAGES_PER_EPOCH == 10**9
+        assert train.STEPS_AT_ONCE == 1
         train.complete(options, dataset, train.make_vae(dataset, options))
         assert (options.compile, options.precision) == (False, "highest")
-        assert not torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True).defaults["fused"]
         sample, _ = binarize(images, "dynamic")
         assert sample.mean().item() == pytest.approx(64 / 255, abs=0.01)
         assert len(throughput.data.draw_bits(images.shape, images.device).unique()) > 39_000  # of 2^16, 30,000
-    assert train.AVERAGES_PER_EPOCH == 50
+    assert train.STEPS_AT_ONCE == 8
 
 
 def test_results(measure: Callable, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -112,8 +111,10 @@ def test_scaling(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
-    compiled, make = [], throughput.measure.Program
-    monkeypatch.setattr(throughput.measure, "Program", lambda *args, **how: compiled.append(args) or make(*args, **how))
+    compiled, make = [], throughput.measure.compile_checked
+    monkeypatch.setattr(
+        throughput.measure, "compile_checked", lambda *args, **how: compiled.append(args) or make(*args, **how)
+    )
     seconds = measure("nll")["seconds"]
     assert {name: len(passes) for name, passes in seconds.items()} == dict.fromkeys(seconds, 2)
     assert len(compiled) == 1  # one row of three is compiled, before its passes

@@ -1,8 +1,11 @@
-"""The compiled step trains as the eager step does, and the rules that choose how a step is computed."""
+"""A compiled or recorded step trains as the step as written does, and the rules that choose how a step is computed."""
 
+import contextlib
 import copy
+import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from tests.test_subclasses import state
 
 compilers = map(shutil.which, ("c++", "g++", "clang++"))
 needs_compiler = pytest.mark.skipif(not any(compilers), reason="no C++ compiler on this machine")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "device": "cpu"}
 
 
@@ -89,26 +93,6 @@ def was_compiled(run: Path) -> bool:
     return utils.read_checkpoint(run)["options"]["compile"]
 
 
-def test_adam_is_that_of_torch():
-    """To float rounding over 100 steps, with gradients of many sizes."""
-    for dtype, eps in ((torch.float64, 1e-4), (torch.float32, 1e-8)):
-        weight = torch.randn(50, 20, dtype=dtype)
-        ours, theirs = weight.clone(), weight.clone().requires_grad_()
-        adam = torch.optim.Adam([theirs], eps=eps, betas=(0.8, 0.95))
-        moments = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(ours), "exp_avg_sq": torch.zeros_like(ours)}
-        for t in range(1, 101):
-            theirs.grad = torch.randn(50, 20, dtype=dtype) * 10.0 ** torch.randint(-6, 3, (50, 20))
-            lr = adam.param_groups[0]["lr"] = 1e-3 * (1 + t % 3)
-            adam.step()
-            corrections = torch.tensor([1 - 0.8**t, 1 - 0.95**t], dtype=dtype)
-            step.adam_step(ours, theirs.grad, moments, torch.tensor(lr, dtype=dtype), corrections, (0.8, 0.95), eps)
-        rounding = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(ours, theirs.detach(), **rounding)
-        assert not torch.allclose(ours, weight, atol=0.01)
-        for name, value in adam.state[theirs].items():
-            torch.testing.assert_close(moments[name], value, **rounding)
-
-
 def assert_same_losses(run: Path, reference: Path) -> None:
     """To rounding, after the same draws. (Other draws differ by 1e-2.)"""
     for row, other in zip(*(utils.read_checkpoint(path)["history"] for path in (run, reference)), strict=True):
@@ -116,8 +100,16 @@ def assert_same_losses(run: Path, reference: Path) -> None:
             assert row[name] == pytest.approx(other[name], rel=2e-3, abs=0.01)
 
 
+def warnings_in(capsys: pytest.CaptureFixture) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+
+
 @pytest.mark.parametrize("kind", [pytest.param(Ordinary, marks=needs_compiler), Unusual])
-def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tmp_path: Path, request):
+def test_it_trains_as_the_step_as_written(kind: type[VAE], small: ImageData, tmp_path: Path, request):
     """From the same draws; the last batch is a smaller one, which is not compiled."""
     if kind is Unusual:
         request.getfixturevalue("quick_compiler")
@@ -125,11 +117,11 @@ def test_it_trains_as_single_operations_do(kind: type[VAE], small: ImageData, tm
     unusual = {"objective": "iwae", "importance_samples": 3, "clip_grad_norm": 200.0}
     unusual["precision"] = "highest"  # a normalization amplifies bfloat16's rounding
     options = unusual if kind is Unusual else {"kl_warmup": 1.5}
-    eager, compiled = (trained(kind, data, tmp_path, **options, compile=compile) for compile in (False, True))
+    written, compiled = (trained(kind, data, tmp_path, **options, compile=compile) for compile in (False, True))
     assert was_compiled(compiled)
-    assert not was_compiled(eager)
-    assert_same_losses(compiled, eager)
-    found, expected = state(compiled), state(eager)
+    assert not was_compiled(written)
+    assert_same_losses(compiled, written)
+    found, expected = state(compiled), state(written)
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # Adam makes whole steps of tiny gradients, which are rounding
         assert (found[name] - value).double().norm() <= 0.03 * value.double().norm(), name
@@ -160,75 +152,95 @@ def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData,
     if kind is CountsInBuffer:
         assert expected["training_weights.calls"] == steps
     else:
-        eager = trained(kind, small, tmp_path, 4, compile=False)
-        assert not all(torch.equal(value, expected[name]) for name, value in state(eager).items())
-
-
-def warnings_in(capsys: pytest.CaptureFixture) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        written = trained(kind, small, tmp_path, 4, compile=False)
+        assert not all(torch.equal(value, expected[name]) for name, value in state(written).items())
 
 
 def test_a_step_that_cannot_be_compiled_is_taken_all_the_same(small: ImageData, tmp_path: Path, capsys):
     run = trained(ReadsValues, small, tmp_path, compile=True)
     (line,) = warnings_in(capsys)
-    assert "cannot be compiled" in line
+    assert "not compiled" in line
     assert not was_compiled(run)  # so that a resumed run does not try
     plain = state(trained(Ordinary, small, tmp_path, compile=False))
     assert all(torch.equal(value, plain[name]) for name, value in state(run).items())
 
 
-def test_a_step_that_no_longer_fits_is_taken_all_the_same(small: ImageData, tmp_path: Path, capsys, quick_compiler):
+def test_a_program_that_no_longer_fits_is_not_compiled_again(small: ImageData, tmp_path: Path, monkeypatch, capsys):
     """A Python number that changes would be compiled again for each value, until PyTorch gives up."""
-    run = trained(Counts, small, tmp_path, epochs=4, compile=True)
-    assert len(warnings_in(capsys)) == 1
-    assert not was_compiled(run)
-    first, *_, last = (row["test_loss"] for row in utils.read_checkpoint(run)["history"])
-    assert last < 0.7 * first
-
-
-def test_a_step_that_no_longer_fits_is_not_compiled_again(small: ImageData, tmp_path: Path, monkeypatch):
-    programs, compile = [], torch.compile
+    programs = []
+    compile = torch.compile
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
         programs.append(graph)
         return graph
 
     monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, fullgraph=True, dynamic=False, backend=backend))
-    trained(Counts, small, tmp_path, epochs=4, compile=True)
-    assert len(programs) == 2  # ahead of time, which this backend cannot do, and at the first call
+    run = trained(Counts, small, tmp_path, epochs=4, compile=True)
+    assert len(programs) == 1
+    assert len(warnings_in(capsys)) == 1
+    assert not was_compiled(run)
+    first, *_, last = (row["test_loss"] for row in utils.read_checkpoint(run)["history"])
+    assert last < 0.7 * first
+
+
+def wrong(change: Callable[[Tensor], Tensor]) -> Callable:
+    """A compiler whose programs change one of the tensors that they return."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        def run(*args: Tensor) -> list[Tensor]:
+            first, *others = graph(*args)
+            return [change(first), *others]
+
+        return run
+
+    return backend
+
+
+@pytest.mark.parametrize("precision", ["highest", "bfloat16"])
+@pytest.mark.parametrize(
+    ("change", "is_believed"),
+    [(lambda x: x + 0, True), (lambda x: x * math.nan, False), (lambda x: 1.5 * x, False)],
+)
+def test_a_wrong_program_is_not_believed(change, is_believed: bool, precision: str, monkeypatch, capsys):
+    """PyTorch 2.14 compiles some convolutions in bfloat16 to nan, for example."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: compile(f, fullgraph=True, dynamic=False, backend=wrong(change))
+    )
+    model, x = Ordinary(), torch.rand(30, SIZE).round()
+    adam = train.Adam(model.parameters(), lr=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    steps = step.Steps(train.make_step(model, adam, train.make_options()), [adam.weights, adam.first, adam.second])
+    with step.matmul_precision(precision, "cpu"):
+        steps.compile(x, x, torch.zeros(30, dtype=torch.int64), torch.tensor([1e-3, 1e-8, 1.0]))
+    assert steps.is_compiled == is_believed
+    assert len(warnings_in(capsys)) == (not is_believed)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(moment.any() for moment in (*adam.first, *adam.second))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_the_first_result_of_a_program_is_compared_whole(place: int):
+    """A difference in any of the tensors counts, however small the tensor; one that is rounding does not."""
+    expected = [[torch.tensor(100.0)], [torch.randn(50, 40), torch.randn(2)], [1e-4 * torch.randn(9)]]
+    same = [[1.00001 * tensor for tensor in group] for group in expected]
+    assert step.relative_error(same, expected) < 2e-5
+    changed = copy.deepcopy(expected)
+    tensors = [tensor for group in changed for tensor in group]
+    tensors[place] *= 1.2
+    assert step.relative_error(changed, expected) > 0.05
+    tensors[place] *= math.nan
+    assert math.isnan(step.relative_error(changed, expected))
 
 
 def test_it_takes_adams_epsilon_from_the_options(small: ImageData, tmp_path: Path, quick_compiler: None):
-    eager, compiled, other = (
+    written, compiled, other = (
         trained(Ordinary, small, tmp_path, 2, compile=compile, adam_eps=eps)
         for compile, eps in ((False, 100.0), (True, 100.0), (True, 1e-8))
     )
-    assert_same_losses(compiled, eager)
+    assert_same_losses(compiled, written)
     with pytest.raises(AssertionError):
-        assert_same_losses(other, eager)
-
-
-def test_a_step_that_fails_at_any_time(small: ImageData, tmp_path: Path, monkeypatch, capsys, quick_compiler):
-    """Whatever it raises, in the second epoch too."""
-    calls, run_program = [], step.CompiledStep._try
-
-    def fail(self: step.CompiledStep, *args: object) -> Tensor | None:
-        calls.append(args)
-        if len(calls) == 9:  # the trial, five steps, and three
-            self.program.compiled = lambda *_: 1 / 0
-        return run_program(self, *args)
-
-    monkeypatch.setattr(step.CompiledStep, "_try", fail)
-    run = trained(Ordinary, small, tmp_path, epochs=3, compile=True)
-    (line,) = warnings_in(capsys)
-    assert "ZeroDivisionError" in line
-    assert len(calls) == 9
-    assert not was_compiled(run)
-    losses, expected = (
-        [row["test_loss"] for row in utils.read_checkpoint(path)["history"]]
-        for path in (run, trained(Ordinary, small, tmp_path, epochs=3, compile=False))
-    )
-    assert losses == pytest.approx(expected, rel=0.02)  # the step that failed has drawn its pixels again
+        assert_same_losses(other, written)
 
 
 def test_any_number_of_runs_in_one_process_is_compiled(small: ImageData, tmp_path: Path, quick_compiler: None):
@@ -238,13 +250,97 @@ def test_any_number_of_runs_in_one_process_is_compiled(small: ImageData, tmp_pat
     assert all(map(was_compiled, runs))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Recorded
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
+    """Stands in for CUDA's recorder, and calls functions again instead. Returns what was recorded."""
+    recorded = []
+    monkeypatch.setattr(step, "record_graph", lambda function: recorded.append(function) or function)
+    monkeypatch.setattr(step, "no_waiting", contextlib.nullcontext)
+    return recorded
+
+
+def recorded_and_not(size: int = 30) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+    """What steps of one model return, recorded and as written, and all weights afterwards."""
+    results, weights = [], []
+    for wrap in (lambda steps: steps, step.Recorded):
+        torch.manual_seed(0)
+        model = Ordinary()
+        adam = train.Adam(model.parameters(), lr=1e-3)
+        steps = wrap(
+            step.Steps(train.make_step(model, adam, train.make_options()), [adam.weights, adam.first, adam.second])
+        )
+        found = []
+        for i, sizes in enumerate([[10, 10, 10], [10, 10, 10], [10, 10, 10], [20, 10], [10, 10, 10], [20, 10]]):
+            x = torch.rand(size, SIZE).round()
+            rates = torch.tensor([[1e-3 * (i + 1), 1e-8, 1.0]] * len(sizes))
+            y = torch.zeros(size, dtype=torch.int64)
+            found.append(steps(x, x, y, rates, sizes=sizes).clone())
+        results.append(found)
+        weights.append([weight.detach() for weight in model.parameters()])
+    return *results, weights
+
+
+def test_recorded_steps_are_the_steps(recorder: list[Callable]):
+    """Each sequence of sizes is recorded when it comes again, and draws what it would have drawn."""
+    written, replayed, weights = recorded_and_not()
+    assert len(recorder) == 2
+    for found, expected in zip(replayed, written, strict=True):
+        assert torch.equal(found, expected)
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+def test_steps_that_cannot_be_recorded_are_taken_all_the_same(monkeypatch: pytest.MonkeyPatch, recorder, capsys):
+    """A graph that is wrong, or a step that waits for the GPU."""
+
+    def fail(function: Callable) -> Callable:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for record in (fail, lambda function: lambda: 2 * function()):
+        monkeypatch.setattr(step, "record_graph", record)
+        written, replayed, weights = recorded_and_not()
+        assert all(torch.equal(*pair) for pair in zip(replayed, written, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+        (line,) = warnings_in(capsys)
+        assert "not recorded" in line
+
+
+@cuda
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_recorded_steps_train_as_written(compile: bool, small: ImageData, tmp_path: Path, monkeypatch, capsys):
+    options = {"device": "cuda", "epochs": 5, "kl_warmup": 3, "precision": "highest"}
+    recorded = trained(Ordinary, small, tmp_path, **options, compile=compile)
+    assert was_compiled(recorded) == compile
+    monkeypatch.setattr(train, "Recorded", lambda steps: steps)
+    written = trained(Ordinary, small, tmp_path, **options, compile=False)
+    assert_same_losses(recorded, written)
+    assert warnings_in(capsys) == []
+
+
+@cuda
+def test_on_a_gpu_a_step_that_waits_is_taken_all_the_same(small: ImageData, tmp_path: Path, capsys):
+    run = trained(ReadsValues, small, tmp_path, device="cuda", epochs=4)
+    (line,) = warnings_in(capsys)
+    assert "not recorded" in line
+    assert_same_losses(run, trained(Ordinary, small, tmp_path, device="cuda", epochs=4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules
+
+
 def test_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(step.shutil, "which", lambda name: "/usr/bin/c++")
-    cpu = torch.device("cpu")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert step.is_worth_compiling(cpu, 1, 5000)
     assert not step.is_worth_compiling(cpu, 1, 4999)
     assert not step.is_worth_compiling(cpu, 2, 5000)
-    assert not step.is_worth_compiling(torch.device("cuda"), 1, 5000)
+    assert step.is_worth_compiling(gpu, 1, 30_000)
+    assert not step.is_worth_compiling(gpu, 1, 29_999)
+    assert not step.is_worth_compiling(torch.device("mps"), 1, 10**6)
     monkeypatch.setattr(step.shutil, "which", lambda name: None)
     assert not step.is_worth_compiling(cpu, 1, 5000)
 
@@ -257,19 +353,24 @@ def test_the_rule_counts_the_steps(small: ImageData, monkeypatch: pytest.MonkeyP
         assert options.compile == expected
 
 
-def test_precision_follows_from_the_cpu_and_the_batch(monkeypatch: pytest.MonkeyPatch):
+def test_precision_follows_from_the_hardware_and_the_batch(monkeypatch: pytest.MonkeyPatch):
     expected = {
         (): "medium medium",
         ("avx512_bf16",): "highest bfloat16",
-        ("amx_bf16", "avx512_bf16"): "medium bfloat16",
+        ("amx_bf16", "avx512_bf16"): "highest bfloat16",
     }
     for units, precisions in expected.items():
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda units=units: {"avx2": True} | dict.fromkeys(units, True)
         )
         cpu = torch.device("cpu")
-        assert [step.choose_precision(cpu, size) for size in (127, 128)] == precisions.split()
-        assert step.choose_precision(torch.device("cuda"), 128) == "medium"
+        for is_compiled in (False, True):
+            assert [step.choose_precision(cpu, size, is_compiled) for size in (127, 128)] == precisions.split()
+    gpu = torch.device("cuda")
+    for has_bfloat16 in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda answer=has_bfloat16, **_: answer)
+        assert step.choose_precision(gpu, 20, is_compiled=False) == "medium"
+        assert step.choose_precision(gpu, 20, is_compiled=True) == ("bfloat16" if has_bfloat16 else "medium")
 
 
 def test_bfloat16_rounds_products_and_nothing_else():
@@ -317,35 +418,3 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["train.py", *resume])
     train.main()
     assert utils.read_checkpoint(tmp_path)["options"]["precision"] == "medium"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cuda_graph_trains_as_the_steps_it_records(small: ImageData, tmp_path: Path, monkeypatch):
-    options = {"device": "cuda", "epochs": 5, "kl_warmup": 3}
-    graphed, eager = trained(Ordinary, small, tmp_path, **options), None
-    monkeypatch.setattr(train, "CudaGraph", lambda function: function)
-    eager = trained(Ordinary, small, tmp_path, **options)
-    for row, other in zip(*(utils.read_checkpoint(run)["history"] for run in (graphed, eager)), strict=True):
-        for name in ("train_loss", "test_loss", "test_kl"):
-            assert row[name] == pytest.approx(other[name], rel=0.05)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_graph_calls_its_function():
-    total = torch.zeros(3, device="cuda")
-
-    def function(x: Tensor, scale: Tensor) -> Tensor:
-        total.add_(x.sum())
-        return x * scale + torch.rand(len(x), device="cuda")
-
-    call = step.CudaGraph(function)
-    results = []
-    for i in range(8):
-        x = torch.full((5 if i % 3 else 4,), float(i), device="cuda")
-        results.append(call(x, torch.tensor(10.0, device="cuda")).tolist())
-    assert total.tolist() == [sum(i * (5 if i % 3 else 4) for i in range(8))] * 3
-    for i, result in enumerate(results):
-        assert len(result) == (5 if i % 3 else 4)
-        assert all(10 * i <= value < 10 * i + 1 for value in result)
-    draws = [value % 1 for result in results for value in result]
-    assert len(set(draws)) == len(draws)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,40 +50,60 @@ def torchrun(ranks: int, script: Path, *args: str) -> subprocess.CompletedProces
     return subprocess.run([*command, str(script), *args], capture_output=True, text=True, timeout=100, env=env)
 
 
-def third_step(data: ImageData) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
-    """The test losses, and the gradients of a third step on a batch of 127, with noise that depends on the image."""
+def three_steps(data: ImageData) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
+    """The test losses, and Adam's average of the gradients of three batches of 127, at the same weights.
+
+    With noise that depends on the image.
+    """
     rank, ranks = utils.rank_and_ranks()
-    train.binarize = lambda images, mode: ((images / 255).round(),) * 2
     DiagonalNormal.rsample = lambda q, shape=(): q.mu + torch.exp(0.5 * q.logvar) * torch.sin(10 * q.mu.detach())
     torch.manual_seed(0)
     model = VAE(784, 32, 4)
     losses = train.compute_test_losses(model, measure.make_test_set(data, "threshold"))
-    adam, options = torch.optim.Adam(model.parameters()), train.make_options(precision="highest")
-    step = train.make_step(model, adam, data.train_images, data.train_labels, options)
+    adam = train.Adam(model.parameters(), lr=1e-3)
+    step = train.make_step(model, adam, train.make_options())
     for first in (0, 127, 254):
-        step(torch.arange(first, first + 127)[rank::ranks], torch.tensor([0.0, 0.7]))
-    return losses, {name: weight.grad for name, weight in model.named_parameters()}
+        share = slice(first + rank, first + 127, ranks)
+        x = (data.train_images[share] / 255).round()
+        step(x, x, data.train_labels[share], torch.tensor([0.0, 1e-8, 0.7]))
+    return losses, dict(zip(dict(model.named_parameters()), adam.first, strict=True))
 
 
-def save_third_step(data: ImageData) -> None:
+def save_three_steps(data: ImageData) -> None:
     with utils.process_group():
-        torch.save(third_step(data), f"step-{utils.rank_and_ranks()[0]}.pt")
+        torch.save(three_steps(data), f"steps-{utils.rank_and_ranks()[0]}.pt")
     threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], "such threads abort a process that exits"
 
 
 def test_gradients_and_test_losses_are_those_of_one_process(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
     few = thinned(digits, 10)
-    run_ranks(2, save_third_step, few)
+    run_ranks(2, save_three_steps, few)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "binarize", train.binarize)
-        patch.setattr(DiagonalNormal, "rsample", DiagonalNormal.rsample)
-        expected_losses, expected = third_step(few)
+        patch.setattr(DiagonalNormal, "rsample", DiagonalNormal.rsample)  # to restore it
+        expected_losses, expected = three_steps(few)
     for rank in range(2):
-        losses, gradients = torch.load(f"step-{rank}.pt")
+        losses, gradients = torch.load(f"steps-{rank}.pt")
         assert losses == pytest.approx(expected_losses)
         for name, gradient in expected.items():
             assert torch.linalg.norm(gradients[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
+
+
+def train_from_other_weights(data: ImageData) -> None:
+    train.draw = lambda *args: None
+    with utils.process_group():
+        rank, _ = utils.rank_and_ranks()
+        torch.manual_seed(rank)
+        model, _, _ = train.train(data, VAE(784, 8, 2), batch_size=100, epochs=1, device="cpu", out_dir="runs")
+        torch.save(model.state_dict(), f"weights-{rank}.pt")
+
+
+def test_every_rank_trains_the_first_ones_weights(digits: ImageData):
+    """A model that each process has made itself."""
+    run_ranks(2, train_from_other_weights, thinned(digits, 10))
+    first, second = (torch.load(f"weights-{rank}.pt") for rank in range(2))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight)
 
 
 def run_command(*args: str) -> None:
@@ -112,15 +133,20 @@ def test_two_ranks_follow_one_process_and_one_continues_from_two(tmp_path: Path,
 
 
 def record_what_is_seen(data: ImageData) -> None:
-    make_step, seen, noise = train.make_step, [], []
+    """Each image has a class of its own."""
+    numbers = torch.arange(len(data.train_images))
+    data = replace(data, classes=list(map(str, range(len(numbers)))), train_labels=numbers)
+    make_step = train.make_step
+    seen = []
+    noise = []
 
     def recording(*args: object) -> "train.Step":
         step = make_step(*args)
 
-        def recorded(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-            seen.extend(batch.tolist())
+        def recorded(inputs: torch.Tensor, targets: torch.Tensor, y: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+            seen.extend(y.tolist())
             noise.append(torch.rand(()).item())
-            return step(batch, rates)
+            return step(inputs, targets, y, rates)
 
         return recorded
 
@@ -153,7 +179,7 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_a_good_checkpoint(tmp_path: Pa
         + """
 train_epoch = train.train_epoch
 def dying(*args):
-    if args[4] == 3 and os.environ["RANK"] == "1":
+    if args[6] == 3 and os.environ["RANK"] == "1":
         os._exit(9)
     return train_epoch(*args)
 train.train_epoch = dying

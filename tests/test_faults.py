@@ -140,21 +140,22 @@ def losing_signals(function: Callable, calls: list[tuple]) -> Callable:
     """The function after two signals, whose exceptions are lost as in a library that takes any for an answer."""
 
     @functools.wraps(function)
-    def wrapped(*args: object) -> object:
+    def wrapped(*args: object, **kwargs: object) -> object:
         calls.append(args)
         with contextlib.suppress(BaseException):
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-        return function(*args)
+        return function(*args, **kwargs)
 
     return wrapped
 
 
-@pytest.mark.parametrize("place", ["step", "make_step", "compute_test_losses", "save", "draw"])
+@pytest.mark.parametrize("place", ["steps", "make_steps", "compute_test_losses", "save", "draw"])
 def test_a_signal_is_not_lost(place: str, options: dict, monkeypatch: pytest.MonkeyPatch):
-    calls, make_step, before = [], train.make_step, signal.getsignal(signal.SIGTERM)
-    if place == "step":
-        monkeypatch.setattr(train, "make_step", lambda *args: losing_signals(make_step(*args), calls))
+    calls, make_steps, before = [], train.make_steps, signal.getsignal(signal.SIGTERM)
+    if place == "steps":
+        options |= {"batch_size": 10}  # so that an epoch has several times STEPS_AT_ONCE
+        monkeypatch.setattr(train, "make_steps", lambda *args: losing_signals(make_steps(*args), calls))
     else:
         monkeypatch.setattr(train, place, losing_signals(getattr(train, place), calls))
     epochs, last = [], 1 if place == "draw" else 9
@@ -162,7 +163,7 @@ def test_a_signal_is_not_lost(place: str, options: dict, monkeypatch: pytest.Mon
         utils.command(train.train)(**options, epochs=last, on_epoch=lambda _, history: epochs.append(history))
     assert caught.value.code == 143
     assert len(calls) == 1
-    assert len(epochs) == (place not in ("step", "make_step"))
+    assert len(epochs) == (place not in ("steps", "make_steps"))
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -184,11 +185,16 @@ def test_out_of_disk_space(options: dict, tmp_path: Path):
     assert epochs_in_csv(run) == [1, 2, 3, 4]
 
 
+def interrupted_step(*batch: Tensor) -> Tensor:
+    signal.raise_signal(signal.SIGINT)
+    return torch.zeros(())
+
+
 @pytest.mark.parametrize("fault", ["interrupted", "not finite"])
 def test_a_run_that_fails_in_its_first_epoch_leaves_nothing(fault: str, options: dict, monkeypatch, capsys):
     _, _, good = train.train(**options, epochs=1)
     if fault == "interrupted":
-        monkeypatch.setattr(train, "make_step", lambda *args: lambda *_: signal.raise_signal(signal.SIGINT) or 0.0)
+        monkeypatch.setattr(train, "make_step", lambda *args: interrupted_step)
     else:
         options |= {"lr": 1e30}
     monkeypatch.setattr(sys, "argv", words_of(options | {"epochs": 1}))

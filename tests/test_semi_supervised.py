@@ -44,7 +44,6 @@ def model(monkeypatch: pytest.MonkeyPatch) -> SemiSupervisedVAE:
     for weight in model.parameters():
         weight.data *= 2
     model.labelled.copy_(255 * torch.randint(0, 2, model.labelled.shape))
-    model.training = True
     monkeypatch.setattr(DiagonalNormal, "rsample", lambda self, shape=(): self.mu.expand(*shape, *self.mu.shape))
     return model
 
@@ -58,35 +57,36 @@ def bound(model: SemiSupervisedVAE, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1), kl_divergence(q, Normal(0, 1)).sum(1)
 
 
-def test_the_loss_of_an_image_is_the_sum_over_its_classes(model: SemiSupervisedVAE):
+def unlabelled_terms(model: SemiSupervisedVAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """U(x) = sum over y of q(y|x) L(x, y), less the entropy of q(y|x) (eq. 7), where L has a uniform p(y) (eq. 6)."""
-    x = torch.rand(4, SIZE).round()
     q = Categorical(logits=model.classifier(x))
-    terms = [bound(model, x, torch.full((4,), y)) for y in range(CLASSES)]
+    terms = [bound(model, x, torch.full((len(x),), y)) for y in range(CLASSES)]
     reconstruction, kl = (sum(q.probs[:, y] * term[i] for y, term in enumerate(terms)) for i in (0, 1))
-    kl = kl + kl_divergence(q, Categorical(torch.ones(CLASSES)))
-    torch.testing.assert_close(model.elbo_terms(x, x, None), (reconstruction, kl))
+    return reconstruction, kl + kl_divergence(q, Categorical(torch.ones(CLASSES)))
 
 
-def test_labels_add_a_gradient_but_no_value(model: SemiSupervisedVAE, monkeypatch: pytest.MonkeyPatch):
-    x, y = model.labelled / 255, torch.arange(CLASSES).repeat_interleave(LABELS)
-    expected = GAMMA * sum(bound(model, x, y)).mean() + ALPHA * F.cross_entropy(model.classifier(x), y)
-    images, found = torch.rand(5, SIZE).round(), []
-    for factors in ((ALPHA, GAMMA), (0.0, 0.0)):
-        for name, weight in zip(("ALPHA", "GAMMA"), factors, strict=True):
-            monkeypatch.setattr(semi_supervised, name, weight)
-        value = sum(model.elbo_terms(images, images)).sum()
-        found.append((value.detach(), torch.autograd.grad(value, list(model.parameters()))))
-    (value, gradients), (other_value, others) = found
-    torch.testing.assert_close(value, other_value)
-    added = torch.autograd.grad(5 * expected, list(model.parameters()))  # once for each image of the step
-    for gradient, other, more in zip(gradients, others, added, strict=True):
-        torch.testing.assert_close(gradient - other, more, atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize("beta", [1.0, 3.0])
+def test_the_loss_is_written_out(model: SemiSupervisedVAE, beta: float):
+    """What is minimized, and the bound that is printed: values and gradients."""
+    x = torch.rand(4, SIZE).round()
+    reconstruction, kl = unlabelled_terms(model, x)
+    labelled, y = model.labelled / 255, torch.arange(CLASSES).repeat_interleave(LABELS)
+    with_label = sum(bound(model, labelled, y)).mean()
+    classification = F.cross_entropy(model.classifier(labelled), y)
+    loss = reconstruction + beta * kl + GAMMA * with_label + ALPHA * classification
+    other_labels = torch.tensor([2, 0, 0, 1])
+    found = model.loss(x, x, other_labels, torch.tensor(beta))
+    weights = list(model.parameters())
+    for value, expected in zip(found, (loss, reconstruction + kl), strict=True):
+        torch.testing.assert_close(value, expected)
+        gradients, others = (torch.autograd.grad(v.sum(), weights, retain_graph=True) for v in (value, expected))
+        torch.testing.assert_close(gradients, others, atol=1e-3, rtol=1e-3)
 
 
-def test_in_tests_it_is_told_the_class(model: SemiSupervisedVAE):
+@pytest.mark.parametrize("is_training", [False, True])
+def test_elbo_terms_are_those_of_the_class_that_is_told(model: SemiSupervisedVAE, is_training: bool):
     x, y = torch.rand(4, SIZE).round(), torch.tensor([0, 2, 1, 1])
-    model.eval()
+    model.train(is_training)
     torch.testing.assert_close(model.elbo_terms(x, x, y), bound(model, x, y))
 
 

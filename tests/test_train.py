@@ -3,10 +3,12 @@
 import copy
 import csv
 import errno
+import gc
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import train
 import utils
@@ -51,8 +54,8 @@ def same_weights(a: Path, b: Path) -> bool:
 # The loop
 
 
-@pytest.mark.parametrize(("stride", "largest_norm"), [(1, math.inf), (2, 2150.0)])  # about half are larger
-def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, stride: int, largest_norm: float):
+@pytest.mark.parametrize(("at_once", "largest_norm"), [(1, math.inf), (3, 2150.0)])  # about half are larger
+def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, at_once: int, largest_norm: float, monkeypatch):
     """train_epoch, twice, against the loop as a tutorial writes it, with the same draws."""
     images, labels = digits.test_images[:500].flatten(1), digits.test_labels[:500]
     clip = None if largest_norm == math.inf else largest_norm
@@ -60,36 +63,37 @@ def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, stride: int, 
     options = train.make_options(**SMALL | options)
     model = VAE(784, 16, 3).double()
     reference, average = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
 
     def binarize(images: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         return (torch.bernoulli(images.double() / 255),) * 2
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "binarize", binarize)
-        patch.setattr(train, "AVERAGES_PER_EPOCH", 4 // stride)
-        step = train.make_step(model, optimizer, images, labels, options)
-        bounds = [train.train_epoch(step, model, average, len(images), i, options) for i in (1, 2)]
+    monkeypatch.setattr(train, "binarize", binarize)
+    monkeypatch.setattr(train, "STEPS_AT_ONCE", at_once)
+    ours = train.Adam(model.parameters(), options.lr)
+    steps = train.make_steps(model, ours, images, labels, options)
+    bounds = [train.train_epoch(steps, model, average, ours, images, labels, epoch, options) for epoch in (1, 2)]
 
     adam = torch.optim.Adam(reference.parameters(), lr=options.lr)
-    losses, seen = [], []
-    iterates, norms = [], []
+    losses, seen, averaged, norms = [], [], [], []
     for epoch in (1, 2):
         utils.seed_epoch(options.seed, epoch)
-        for batch in torch.randperm(len(images)).split(128):
-            x, _ = binarize(images[batch], "")
-            x_hat, logvar, mu, _ = reference(x)
-            kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum()
-            criterion = loss_criterion(x_hat, x, logvar, mu)
-            adam.zero_grad()
-            (criterion - 0.3 * kl).backward()
-            norms.append(math.sqrt(sum((weight.grad**2).sum().item() for weight in reference.parameters())))
-            for weight in reference.parameters():
-                weight.grad *= min(1, largest_norm / norms[-1])
-            adam.step()
-            losses.append(criterion.item())
-            seen += batch.tolist()
-            iterates.append(copy.deepcopy(reference.state_dict()))
+        batches = torch.randperm(len(images)).split(128)
+        for first in range(0, 4, at_once):
+            gathered = batches[first : first + at_once]
+            pixels, _ = binarize(images[torch.cat(gathered)], "")
+            for batch, x in zip(gathered, pixels.split([len(batch) for batch in gathered]), strict=True):
+                x_hat, logvar, mu, _ = reference(x)
+                kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum()
+                criterion = loss_criterion(x_hat, x, logvar, mu)
+                adam.zero_grad()
+                (criterion - 0.3 * kl).backward()
+                norms.append(math.sqrt(sum((weight.grad**2).sum().item() for weight in reference.parameters())))
+                for weight in reference.parameters():
+                    weight.grad *= min(1, largest_norm / norms[-1])
+                adam.step()
+                losses.append(criterion.item())
+                seen += batch.tolist()
+            averaged.append(copy.deepcopy(reference.state_dict()))
     assert sorted(seen) == sorted([*range(len(images))] * 2)
     assert torch.cat(bounds).tolist() == pytest.approx(losses)
     assert largest_norm == math.inf or min(norms) < largest_norm < max(norms)
@@ -97,68 +101,143 @@ def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, stride: int, 
         torch.testing.assert_close(weight, reference.state_dict()[name])
 
     # The average gives its t-th update the weight that the product of later shrinkings leaves it
-    averaged = iterates[::stride]
     updates = range(1, len(averaged) + 1)
     weights = [10 / (t + 9) * math.prod(1 - 10 / (s + 9) for s in updates if s > t) for t in updates]
     assert sum(weights) == pytest.approx(1)
     for name, weight in average.state_dict().items():
-        torch.testing.assert_close(weight, sum(w * step[name] for w, step in zip(weights, averaged, strict=True)))
+        torch.testing.assert_close(weight, sum(w * state[name] for w, state in zip(weights, averaged, strict=True)))
+
+
+def recorder(seen: list[tuple]) -> Callable[..., torch.Tensor]:
+    """Stands in for steps: records its arguments, with the inputs and labels split into batches."""
+
+    def steps(
+        inputs: torch.Tensor, targets: torch.Tensor, y: torch.Tensor, rates: torch.Tensor, sizes: list[int]
+    ) -> torch.Tensor:
+        seen.extend(zip(inputs.split(sizes), y.split(sizes), rates, strict=True))
+        return torch.zeros(len(sizes))
+
+    return steps
+
+
+def epochs_seen(images: torch.Tensor, epochs: Iterable[int], options: Namespace) -> list[tuple]:
+    """The inputs, the images' numbers and the rates of each step of these epochs."""
+    seen = []
+    model = VAE(4, 2, 2)
+    adam = train.Adam(model.parameters(), options.lr)
+    for epoch in epochs:
+        numbers = torch.arange(len(images))
+        train.train_epoch(recorder(seen), model, copy.deepcopy(model), adam, images, numbers, epoch, options)
+    return seen
 
 
 def test_every_epoch_has_an_order_and_pixels_of_its_own(digits: ImageData):
-    images, model = digits.test_images.flatten(1), VAE(784, 4, 2)
-    options = train.make_options(precision="highest")
+    images = digits.test_images.flatten(1)
+    options = train.make_options(precision="highest", binarize="dynamic")
 
     def draws(epoch: int) -> tuple[list[int], torch.Tensor]:
-        order, pixels = [], torch.empty(images.shape)
-
-        def step(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-            order.extend(batch.tolist())
-            pixels[batch], _ = train.binarize(images[batch], "dynamic")
-            return torch.zeros(())
-
-        train.train_epoch(step, model, copy.deepcopy(model), len(images), epoch, options)
-        return order, pixels
+        inputs, numbers, _ = zip(*epochs_seen(images, [epoch], options), strict=True)
+        order = torch.cat(numbers)
+        pixels = torch.empty(images.shape)
+        pixels[order] = torch.cat(inputs)
+        return order.tolist(), pixels
 
     (first, pixels), (second, other_pixels), (again, same_pixels) = map(draws, (1, 2, 1))
+    assert sorted(first) == list(range(len(images)))
     assert first == again != second
     assert torch.equal(pixels, same_pixels)
     is_gray = (images > 64) & (images < 192)
     assert (pixels != other_pixels)[is_gray].float().mean() > 0.3  # of fair coins, a half
+    assert not pixels[images == 0].any()
+    assert pixels[images == 255].all()
 
 
 def test_schedules_go_on_within_an_epoch():
-    """From 0 at the very first step, in equal parts of an epoch."""
+    """From 0 at the very first step, in equal parts of an epoch, with Adam's corrections of each step."""
     schedules = {"lr": 2.0, "lr_schedule": "cosine", "epochs": 4, "beta": 3.0, "kl_warmup": 2.5}
-    options, seen = train.make_options(batch_size=250, precision="highest", **schedules), []
-    model = VAE(4, 2, 2)
-
-    def step(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-        seen.append(rates)
-        return torch.zeros(())
-
-    for epoch in (1, 2, 3):
-        train.train_epoch(step, model, copy.deepcopy(model), 1000, epoch, options)
-    expected = [[1 + math.cos(math.pi * i / 16), min(3, 3 * i / 10)] for i in range(12)]
-    torch.testing.assert_close(torch.stack(seen), torch.tensor(expected))
+    options = train.make_options(batch_size=250, precision="highest", binarize="threshold", **schedules)
+    seen = epochs_seen(torch.zeros(1000, 4, dtype=torch.uint8), (1, 2, 3), options)
+    expected = []
+    for i in range(12):
+        lr = 1 + math.cos(math.pi * i / 16)
+        root = math.sqrt(1 - 0.999 ** (i + 1))
+        expected.append([lr * root / (1 - 0.9 ** (i + 1)), 1e-8 * root, min(3, 3 * i / 10)])
+    torch.testing.assert_close(torch.stack([rates for *_, rates in seen]), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "sizes"),
-    [(11, 5, [5, 6]), (12, 5, [5, 5, 2]), (3, 1, [1, 1, 1]), (4, 9, [4]), (1, 5, [1])],
+    [(11, 5, [5, 6]), (12, 5, [5, 5, 2]), (3, 1, [1, 1, 1]), (4, 9, [4]), (1, 5, [1]), (37, 2, [2] * 17 + [3])],
 )
 def test_a_last_batch_of_one_joins_the_one_before(num_images: int, batch_size: int, sizes: list[int]):
     """Because normalizations need two. Batches of one are taken if they are asked for."""
-    seen, model = [], VAE(4, 2, 2)
+    options = train.make_options(batch_size=batch_size, precision="highest", binarize="threshold")
+    images = torch.zeros(num_images, 4, dtype=torch.uint8)
+    _, numbers, _ = zip(*epochs_seen(images, [1], options), strict=True)
+    assert [len(batch) for batch in numbers] == sizes
+    assert torch.cat(numbers).sort().values.tolist() == list(range(num_images))
 
-    def step(batch: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-        seen.append(batch)
-        return torch.zeros(())
 
-    options = train.make_options(batch_size=batch_size, precision="highest")
-    train.train_epoch(step, model, copy.deepcopy(model), num_images, 1, options)
-    assert [len(batch) for batch in seen] == sizes
-    assert torch.cat(seen).sort().values.tolist() == list(range(num_images))
+def of_many_sizes(weight: torch.Tensor) -> torch.Tensor:
+    """A random gradient."""
+    return torch.randn_like(weight) * 10.0 ** torch.randint(-6, 3, weight.shape)
+
+
+def take_same_steps(ours: train.Adam, theirs: torch.optim.Adam, steps: int) -> None:
+    """With gradients of many sizes, and another step size each time."""
+    dtype = ours.weights[0].dtype
+    for i in range(steps):
+        gradients = [of_many_sizes(weight) for weight in ours.weights]
+        for weight, gradient in zip(theirs.param_groups[0]["params"], gradients, strict=True):
+            weight.grad = gradient
+        lr = theirs.param_groups[0]["lr"] = 1e-3 * (1 + i % 3)
+        theirs.step()
+        ours.update(gradients, *torch.tensor(ours.corrected(lr, 0), dtype=dtype))
+        ours.steps += 1
+
+
+dtypes = pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+
+
+def two_of_each(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    weights = [torch.randn(50, 20, dtype=dtype), torch.randn(7, dtype=dtype)]
+    return tuple([weight.clone().requires_grad_() for weight in weights] for _ in range(2))
+
+
+@dtypes
+def test_adam_is_that_of_torch(dtype: torch.dtype, rounding: float):
+    """Over 100 steps."""
+    weights, others = two_of_each(dtype)
+    before = copy.deepcopy(weights)
+    eps = 1e-4 if dtype == torch.float64 else 1e-8
+    ours = train.Adam(weights, lr=1e-3, eps=eps, betas=(0.8, 0.95))
+    theirs = torch.optim.Adam(others, eps=eps, betas=(0.8, 0.95))
+    take_same_steps(ours, theirs, 100)
+    for weight, other, start in zip(weights, others, before, strict=True):
+        torch.testing.assert_close(weight, other, rtol=rounding, atol=rounding)
+        assert not torch.allclose(weight, start, atol=0.01)
+    saved, expected = ours.state_dict()["state"], theirs.state_dict()["state"]
+    assert saved.keys() == expected.keys() == {0, 1}
+    for i, state in expected.items():
+        assert saved[i].keys() == state.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(saved[i][name], value, rtol=rounding, atol=rounding)
+
+
+@dtypes
+def test_torchs_adam_continues_from_the_state(dtype: torch.dtype, rounding: float):
+    """And ours from torch's."""
+    weights, others = two_of_each(dtype)
+    ours = train.Adam(weights, lr=1e-3, eps=1e-6, betas=(0.8, 0.95))
+    take_same_steps(ours, torch.optim.Adam(others), 5)
+    others = [weight.detach().clone().requires_grad_() for weight in weights]
+    theirs = torch.optim.Adam(others)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    again = train.Adam(weights, lr=1e-3, eps=1e-6, betas=(0.8, 0.95))
+    again.load_state_dict(theirs.state_dict())
+    take_same_steps(again, theirs, 20)
+    for weight, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(weight, other, rtol=rounding, atol=rounding)
 
 
 def test_without_an_average_adams_weights_are_kept(tmp_path: Path):
@@ -201,13 +280,14 @@ def test_schedules():
 
 def test_iwae_objective_is_the_bound_of_torch_distributions(digits: ImageData):
     """Adam goes down the gradient of -log mean w of the K draws; what is reported is the mean of their -log w."""
-    options = train.make_options(batch_size=500, binarize="threshold", lr=1e-3, precision="highest")
+    eps = 1e10  # with which Adam's first step is lr / eps times the gradient
+    options = train.make_options(batch_size=500, binarize="threshold", lr=1e-3 * eps, precision="highest")
     images, labels = digits.test_images[:500].flatten(1), digits.test_labels[:500]
     model = VAE(784, 16, 3)
     before = copy.deepcopy(model)
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
-    step = train.make_step(model, sgd, images, labels, options, num_samples=6)
-    (neg_elbo,) = train.train_epoch(step, model, copy.deepcopy(model), len(images), 1, options)
+    adam = train.Adam(model.parameters(), options.lr, eps)
+    steps = train.make_steps(model, adam, images, labels, options, num_samples=6)
+    (neg_elbo,) = train.train_epoch(steps, model, copy.deepcopy(model), adam, images, labels, 1, options)
 
     utils.seed_epoch(options.seed, 1)
     inputs, targets = train.binarize(images[torch.randperm(500)], "threshold")
@@ -219,7 +299,7 @@ def test_iwae_objective_is_the_bound_of_torch_distributions(digits: ImageData):
     assert neg_elbo.item() == pytest.approx(-log_weights.mean(0).sum().item(), rel=1e-4)
     (-log_weights.exp().mean(0).log().sum()).backward()
     for (name, weight), old in zip(model.named_parameters(), before.parameters(), strict=True):
-        taken = (old - weight) / options.lr
+        taken = (old - weight) / 1e-3
         torch.testing.assert_close(taken, old.grad, rtol=0.02, atol=0.02 * old.grad.abs().max().item(), msg=name)
 
 
@@ -343,7 +423,7 @@ def test_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: py
         train_epoch = train.train_epoch
 
         def interrupted(*args: object) -> torch.Tensor:
-            if args[4] == 3:  # the epoch
+            if args[6] == 3:  # the epoch
                 raise KeyboardInterrupt
             return train_epoch(*args)
 
@@ -389,6 +469,35 @@ def test_clipping_outlives_an_outlier(digits: ImageData, tmp_path: Path):
     )
     assert clipped[-1]["test_loss"] < clipped[0]["test_loss"] - 50
     assert plain[-1]["test_loss"] > plain[0]["test_loss"] - 50
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_nothing_keeps_the_images_after_a_run(compile: bool, tmp_path: Path, monkeypatch, quick_compiler: None):
+    """Neither the data set's nor the copy that is trained on, which fills a GPU: not even a cycle of references."""
+    kept = []
+    training_images = train.training_images
+
+    def recorded(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = training_images(*args)
+        kept.append(StorageWeakRef(images.untyped_storage()))
+        return images, labels
+
+    monkeypatch.setattr(train, "training_images", recorded)
+    images = torch.randint(0, 256, (90, 1, 7, 7), dtype=torch.uint8)
+    labels = torch.arange(90) % 2
+    data = ImageData("mine", ["even", "odd"], images, labels, images.clone(), labels)
+    kept.append(StorageWeakRef(images.untyped_storage()))
+    options = {"hidden_size": 8, "latent_size": 2, "batch_size": 20, "device": "cpu", "mirror": True}
+    gc.collect()
+    gc.disable()
+    try:
+        results = train.train(data, **options, compile=compile, epochs=2, out_dir=tmp_path)
+        assert saved(results[2])["options"]["compile"] == compile
+        assert not kept[0].expired()
+        del results, data, images
+        assert [storage.expired() for storage in kept] == [True, True]
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -731,6 +840,7 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     ],
 )
 def test_every_option_changes_what_is_learned(change: dict, tmp_path: Path):
-    a = train.train(**SMALL, epochs=1, out_dir=str(tmp_path))[2]
-    b = train.train(**(SMALL | change), epochs=1, out_dir=str(tmp_path))[2]
+    """In two epochs, because the first update of the average is the weights themselves."""
+    a = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))[2]
+    b = train.train(**(SMALL | change), epochs=2, out_dir=str(tmp_path))[2]
     assert not same_weights(a, b)

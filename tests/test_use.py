@@ -230,8 +230,10 @@ def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
 
 
 def test_encoding_compiles_once(few: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None):
-    programs, make = [], measure.Program
-    monkeypatch.setattr(measure, "Program", lambda *args, **how: programs.append(make(*args, **how)) or programs[-1])
+    programs, make = [], measure.compile_checked
+    monkeypatch.setattr(
+        measure, "compile_checked", lambda *args, **how: programs.append(make(*args, **how)) or programs[-1]
+    )
     monkeypatch.setattr(measure, "is_worth_compiling", lambda _, ranks, blocks: blocks == 2)  # 100 images, 20 samples
     arguments = VAE(784, 16, 3), few.test_images[:100], few.test_labels[:100], "dynamic", 20
     encoded = measure.encode_images(*arguments, batch_size=50)
