@@ -142,6 +142,12 @@ def _load(name: str, data_dir: Path, image_size: int, hold_out: int, channels: i
     return replace(data, **images).hold_out(hold_out)
 
 
+def check_kind(dataset: Any) -> None:
+    """Raises UserError unless a data set is given by name, by path or as ImageData."""
+    if not isinstance(dataset, str | Path | ImageData):
+        raise UserError(f"dataset must be a name, a path or ImageData, not {type(dataset).__name__}")
+
+
 def to_channels(images: Tensor, channels: int | None) -> Tensor:
     """Converts (N, C, H, W) uint8 to gray (1 channel, ITU-R 601 luminance) or to RGB (3). None leaves it as it is."""
     if channels == 1 and images.shape[1] == 3:

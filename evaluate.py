@@ -19,9 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import runs
 import utils
-from data import BINARIZE, DATASETS, ImageData, load_dataset, read_pictures
-from measure import NLL_SAMPLES, compute_metrics, encode_images, in_eval_mode, make_test_set, usual_binarization
+from data import BINARIZE, DATASETS, ImageData, check_kind, load_dataset, read_pictures
+from measure import (
+    NLL_SAMPLES,
+    check_images,
+    compute_metrics,
+    encode_images,
+    in_eval_mode,
+    make_test_set,
+    usual_binarization,
+)
 from measure import evaluate as evaluate
 from model import VAE, DiagonalNormal
 from pictures import describe, draw_all, draw_comparison, save_figure
@@ -56,7 +65,7 @@ def evaluate_run(
     metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
     print_metrics(metrics, f"{opened.path}: {caption}")
     written = {name: value for name, value in metrics.items() if name != "nll_per_image"}
-    utils.write_atomically(opened.out_dir / "metrics.json", (json.dumps(written, indent=2) + "\n").encode())
+    runs.write_atomically(opened.out_dir / "metrics.json", (json.dumps(written, indent=2) + "\n").encode())
     for name, figure in draw_all(model, dataset, test_set, caption, metrics["nll_per_image"]):
         save_figure(figure, opened.out_dir / name)
         print(f"wrote {opened.out_dir / name}")
@@ -81,8 +90,8 @@ def open_run(
     out_dir: str | Path | None = None,
 ) -> OpenedRun:
     """Loads a run or a checkpoint file. Arguments and errors are evaluate_run's."""
-    device, path = utils.choose_device(device), utils.checkpoint_path(run)
-    model, checkpoint = utils.load_checkpoint(path, model)
+    device, path = utils.choose_device(device), runs.checkpoint_path(run)
+    model, checkpoint = runs.load_checkpoint(path, model)
     model = model.to(device)
     options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
     binarize = binarize or options.get("binarize") or usual_binarization(model)
@@ -113,46 +122,20 @@ def open_test_data(
         dataset = dataset.hold_out(hold_out or dataset.num_held_out)
     else:
         name = str(dataset or options.get("dataset", "auto"))
-        if dataset is None:
-            check_place(name, path)
         image_size = image_size_of(model) if name not in DATASETS and Path(name).is_dir() else None
-        dataset = load_dataset(name, data_dir, image_size, hold_out, model.config["channels"])
+        how = data_dir, image_size, hold_out, model.config["channels"]
+        if dataset is None:
+            runs.check_place(name, path)
+        dataset = load_dataset(name, *how)
     check_images(model, dataset)
     if is_the_runs:
-        check_same_images(checkpoint, dataset, path)
+        runs.check_same_images(checkpoint, dataset, path)
     return dataset
-
-
-def check_place(name: str, path: Path) -> None:
-    """Raises UserError if a run's own images are no longer where they were."""
-    if name not in DATASETS and not Path(name).exists():
-        how = "make them again, or name their new place, or other images, with --dataset"
-        raise UserError(f"{path} was trained on {name}, which does not exist now: {how}")
-
-
-def check_kind(dataset: Any) -> None:
-    """Raises UserError unless a data set is given by name, by path or as ImageData."""
-    if not isinstance(dataset, str | Path | ImageData):
-        raise UserError(f"dataset must be a name, a path or ImageData, not {type(dataset).__name__}")
 
 
 def image_size_of(model: VAE) -> int:
     """The width and height of a model's images, if they are square."""
     return math.isqrt(model.config["input_size"] // model.config["channels"])
-
-
-def check_images(model: VAE, dataset: ImageData) -> None:
-    """Raises UserError if the model is for images of another size."""
-    if model.config["input_size"] != dataset.input_size:
-        sizes = f"{model.config['input_size']} values each, but those of {dataset.name} have {dataset.input_size}"
-        raise UserError(f"the model is for other images: it expects {sizes}")
-
-
-def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
-    """Raises UserError if a run was trained on other images, perhaps on those it would be tested on now."""
-    if checkpoint.get("checksum", checksum := dataset.checksum()) != checksum:
-        how = "pass its own data, or evaluate it on another data set by naming one (--dataset)"
-        raise UserError(f"{path} was trained on other images than those now in {dataset.name}: {how}")
 
 
 def print_metrics(metrics: dict[str, Any], title: str) -> None:
@@ -207,7 +190,7 @@ def save_encoded(
     buffer = io.BytesIO()
     np.savez(buffer, **arrays, **{name: values.float().numpy() for name, values in encoded.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    utils.write_atomically(path, buffer.getbuffer())
+    runs.write_atomically(path, buffer.getbuffer())
     return len(images)
 
 
@@ -251,17 +234,17 @@ def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | No
     for i, image in enumerate(pixels.numpy()):
         buffer = io.BytesIO()
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "png")
-        utils.write_atomically(folder / f"{i:05d}.png", buffer.getbuffer())
+        runs.write_atomically(folder / f"{i:05d}.png", buffer.getbuffer())
     return folder
 
 
-def compare_runs(runs: list[str], out_dir: str | Path) -> Path:
+def compare_runs(folders: list[str], out_dir: str | Path) -> Path:
     """Writes compared.png, with the runs' test losses. Each has its folder's name and the options in which they differ.
 
     Raises UserError for a file that is not a run, and OSError.
     """
-    paths = [utils.checkpoint_path(run) for run in runs]
-    checkpoints = [utils.read_checkpoint(path) for path in paths]
+    paths = [runs.checkpoint_path(folder) for folder in folders]
+    checkpoints = [runs.read_checkpoint(path) for path in paths]
     options = [
         checkpoint.get("options", {}) | {"class": checkpoint.get("class", "VAE").rpartition(".")[2]}
         for checkpoint in checkpoints

@@ -28,7 +28,8 @@ def vae(pretrained: str | None = None, **kwargs: int | str) -> "VAE":
     """
     with own_modules():
         from model import VAE
-        from utils import UserError, load_checkpoint
+        from runs import load_checkpoint
+        from utils import UserError
 
         if not pretrained:
             return VAE(**kwargs)

@@ -1,5 +1,6 @@
 """Metrics of a trained VAE, in nats per image."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -11,9 +12,9 @@ from torch.distributions import Distribution
 from tqdm import tqdm
 
 from data import ImageData, binarize, binarize_test_set, check_bytes
-from model import VAE, kl_by_latent
+from model import VAE, LatentZ, kl_by_latent
 from step import Outcome, choose_precision, compile_checked, is_worth_compiling, matmul_precision, try_out
-from utils import UserError
+from utils import UserError, one_line, rank_and_ranks
 
 NLL_SAMPLES = 100
 # How many images and samples nll takes at once: on a CPU, logits that fit its cache; on a GPU, enough to fill it
@@ -133,7 +134,7 @@ def make_weigh(model: VAE, test_set: Examples, num_images: int, num_samples: int
         def outcome(weigh: Weigh) -> Outcome:
             return try_out(lambda: weigh(q, p, targets, y), [])
 
-        return compile_checked(weigh, outcome, device, "nll", freeze=True)
+        return compile_checked(weigh, outcome, device, "nll", freeze=True) or weigh
 
 
 def nll_precision(device: torch.device) -> str:
@@ -156,6 +157,57 @@ def is_active(means: Tensor, threshold: float = 0.01) -> Tensor:
 def bits_per_dim(nats: float, num_values: int) -> float:
     """Nats per image -> bits per value (pixel and channel) of an image, which compares across sizes."""
     return nats / num_values / math.log(2)
+
+
+def check_images(model: VAE, dataset: ImageData) -> None:
+    """Raises UserError if the model is for images of another size."""
+    expected = model.config["input_size"]
+    if expected != dataset.input_size:
+        raise UserError(
+            f"the model is for other images: it expects {expected} values each, but those of {dataset.name} have "
+            f"{dataset.input_size}"
+        )
+
+
+@in_eval_mode
+def check_model(model: VAE, dataset: ImageData, binarization: str, batch_size: int) -> None:
+    """Raises UserError if the model is for other images, or one of its distributions has a wrong shape."""
+    check_images(model, dataset)
+    name = type(model).__name__
+    if type(model).posterior is VAE.posterior and type(model.latent_z).forward is not LatentZ.forward:
+        raise UserError(f"{name}: the KL would ignore what latent_z.forward does; override {name}.posterior instead")
+    device = next(model.parameters()).device
+    inputs, targets = (images.to(device) for images in binarize(dataset.train_images[:2], binarization))
+    y = dataset.train_labels[:2].to(device)
+    targets = targets.flatten(1)
+    try:
+        q, p = model.posterior(inputs, y), model.prior(y)
+        z = q.rsample((3,))
+        likelihood = model.likelihood(z, y)
+        found = {
+            "posterior(x).log_prob(z)": (q.log_prob(z), (3, 2)),
+            "posterior(x).mean": (q.mean, (2, z.shape[-1])),
+            "prior().log_prob(z)": (p.log_prob(z), (3, 2)),
+            "likelihood(z).log_prob(targets)": (likelihood.log_prob(targets), (3, 2)),
+            "likelihood(z).mean": (likelihood.mean, (3, *targets.shape)),
+            "sample(2)": (model.sample(2, y), targets.shape),
+            "likelihood(z).support": (likelihood.support.check(targets), (2,)),
+        }
+    except (NotImplementedError, AttributeError) as error:
+        raise UserError(f"{name}: a distribution lacks something: {one_line(error)}") from error
+    for member, (value, shape) in found.items():
+        if value.shape != shape:
+            sizes = f"z of shape {tuple(z.shape)} and images of shape {tuple(targets.shape)}"
+            raise UserError(f"{name}.{member} has shape {tuple(value.shape)}, not {shape}, for {sizes}")
+    ranks = rank_and_ranks()[1]
+    if batch_size < ranks:
+        raise UserError(f"--batch-size must be {ranks} or more, for as many processes, not {batch_size}")
+    share = min(batch_size, len(dataset.train_images)) // ranks
+    try:
+        copy.deepcopy(model).train().elbo_terms(inputs[:share], targets[:share], y[:share])
+    except ValueError as error:  # a normalization's
+        reason = one_line(error)
+        raise UserError(f"{name} cannot train on batches of {share}: {reason}. Try a larger --batch-size") from error
 
 
 def evaluate(

@@ -26,6 +26,7 @@ Shapes: B images of D = input_size values, K samples of z for each. Losses and l
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -235,6 +236,15 @@ class VAE(nn.Module):
         self.decoder = Decoder(latent_size, hidden_size, input_size, decoder_layers, activation)
         if likelihood == "logistic":
             self.log_scale = nn.Parameter(torch.full((channels,), -2.0))
+
+    @classmethod
+    def for_data(cls, dataset: Any, options: Any, **more: Any) -> "VAE":
+        """The model that `python train.py` trains on a data set. `more` are further arguments.
+
+        dataset (data.ImageData) has the images' input_size and shape, options (options.Options) the other sizes.
+        Override it if the model needs more than sizes.
+        """
+        return cls(dataset.input_size, channels=dataset.shape[0], **options.sizes, **more)
 
     # The three distributions
 

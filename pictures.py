@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-import utils
+import runs
 from data import ImageData
 from measure import Examples, in_eval_mode, is_active, posterior_means
 from model import VAE, DiagonalNormal
@@ -288,7 +288,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as PNG, atomically. Raises OSError."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    utils.write_atomically(path, buffer.getvalue())
+    runs.write_atomically(path, buffer.getvalue())
 
 
 def draw_all(

@@ -12,6 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,13 +85,12 @@ def compile_checked(
     device: torch.device,
     what: str,
     freeze: bool = False,
-) -> Callable[..., Tensor]:
-    """Compiles a function into one program. Returns the function itself, after a warning about `what`, if that fails.
+) -> "Program | None":
+    """Compiles a function into one program. Returns None, after a warning about `what`, if that fails.
 
     outcome(function) calls the function on an example with fixed draws and returns what that gives. The program's
-    outcome may differ from the function's by about as much as the precision of products does. A later call that would
-    need another program raises an exception. freeze builds the weights in as constants, which makes products of
-    matrices faster without gradients.
+    outcome may differ from the function's by about as much as the precision of products does. freeze builds the weights
+    in as constants, which makes products of matrices faster without gradients.
     """
     function.__code__ = function.__code__.replace()  # a new one, since PyTorch compiles each at most 8 times
     options = {"fallback_random": True}  # the draws of the function as written
@@ -106,12 +106,30 @@ def compile_checked(
             error = relative_error(outcome(program), expected)
     except Exception as error:  # of many kinds, from PyTorch and from the compiler
         warn_slower(f"{what} is not compiled", error)
-        return function
+        return None
     if not error <= tolerance:  # nan too
         reason = f"the program's result is off by {error:.1e}, where {tolerance:.1e} would be rounding"
         warn_slower(f"{what} is not compiled", reason)
-        return function
-    return torch.compiler.set_stance("fail_on_recompile")(program)
+        return None
+    return Program(function, torch.compiler.set_stance("fail_on_recompile")(program), what)
+
+
+class Program:
+    """A compiled function. From the first call that would need another program on, it is the function as written."""
+
+    def __init__(self, function: Callable[..., Tensor], compiled: Callable[..., Tensor], what: str):
+        self.function = function
+        self.compiled: Callable[..., Tensor] | None = compiled
+        self.what = what
+
+    def __call__(self, *args: Any) -> Tensor:
+        if self.compiled:
+            try:
+                return self.compiled(*args)
+            except Exception as error:  # a Python number of the model's has changed, for example
+                warn_slower(f"{self.what} is no longer compiled", error)
+                self.compiled = None
+        return self.function(*args)
 
 
 def warn_slower(what: str, reason: Exception | str) -> None:
@@ -163,14 +181,15 @@ class Steps:
 
     def __init__(self, step: Step, state: list[list[Tensor]]):
         """state: all tensors that a step changes, in groups of one kind."""
-        self.step, self.state = step, state
-        self.program: Step | None = None
+        self.step = step
+        self.state = state
+        self.program: Program | None = None
         self.batch_size = 0  # of the program
 
     @property
     def is_compiled(self) -> bool:
         """Whether batches of the usual size are taken by a program."""
-        return self.program is not None
+        return self.program is not None and self.program.compiled is not None
 
     def compile(self, *example: Tensor) -> None:
         """Compiles the step for batches of the example's size. Others are taken as written."""
@@ -183,9 +202,8 @@ class Steps:
         def outcome(step: Step) -> Outcome:
             return try_out(lambda: step(*example), self.state)
 
-        program = compile_checked(self.step, outcome, example[0].device, "the training step")
-        if program is not self.step:
-            self.program, self.batch_size = program, len(example[0])
+        self.program = compile_checked(self.step, outcome, example[0].device, "the training step")
+        self.batch_size = len(example[0])
 
     def __call__(self, inputs: Tensor, targets: Tensor, y: Tensor, rates: Tensor, sizes: Sequence[int]) -> Tensor:
         """Takes steps on batches of these sizes, which lie one after the other in inputs, targets (N, ...) and y (N,).
@@ -195,14 +213,8 @@ class Steps:
         """
         neg_elbos = []
         for batch in zip(inputs.split(sizes), targets.split(sizes), y.split(sizes), rates, strict=True):
-            if self.program and len(batch[0]) == self.batch_size:
-                try:
-                    neg_elbos.append(self.program(*batch))
-                    continue
-                except Exception as error:  # a Python number of the model's has changed, for example
-                    warn_slower("the training step is no longer compiled", error)
-                    self.program = None
-            neg_elbos.append(self.step(*batch))
+            step = self.program if self.program and len(batch[0]) == self.batch_size else self.step
+            neg_elbos.append(step(*batch))
         return torch.stack(neg_elbos)
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import evaluate
 import measure
+import runs
 import utils
 from measure import Examples
 from model import VAE, DiagonalNormal, nll_from_log_weights
@@ -123,8 +124,8 @@ def main() -> None:
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     args = parser.parse_args()
     device = utils.choose_device(args.device)
-    model, checkpoint = utils.load_checkpoint(args.run)
-    dataset = evaluate.open_test_data(model, checkpoint, utils.checkpoint_path(args.run), args.data_dir)
+    model, checkpoint = runs.load_checkpoint(args.run)
+    dataset = evaluate.open_test_data(model, checkpoint, runs.checkpoint_path(args.run), args.data_dir)
     whole = measure.make_test_set(dataset, checkpoint.get("options", {}).get("binarize", "dynamic"), device)
     test_set = Examples(*(part[: args.images] for part in whole))
     if not measure.is_likelihood(model.to(device), test_set):

@@ -20,7 +20,7 @@ import step
 import utils
 from benchmarks.throughput import Measurement, print_speeds, take_turns, third_epoch
 from data import ImageData, load_dataset
-from experiments.convolutional import make_model
+from experiments.convolutional import ConvVAE
 
 LATENT_SIZE = 128
 
@@ -70,7 +70,7 @@ def tutorial(dataset: ImageData, batch_size: int) -> Measurement:
 def ours(dataset: ImageData, batch_size: int, **how: bool | str) -> Measurement:
     sizes = {"hidden_size": 256, "latent_size": LATENT_SIZE, "encoder_layers": 1, "activation": "silu"}
     options = {"batch_size": batch_size, "device": "cpu"} | sizes | how
-    return lambda: third_epoch(dataset=dataset, model=make_model, **options)
+    return lambda: third_epoch(dataset=dataset, model=ConvVAE, **options)
 
 
 @utils.command

@@ -1,13 +1,13 @@
 """Trains recipes and prints a row of the results in docs/likelihoods.md for each.
 
     python benchmarks/likelihood.py original five-minutes
-    python benchmarks/likelihood.py burda2016 --epochs 364 --after 40 121   # a row after each of these epochs too
+    python benchmarks/likelihood.py five-minutes --epochs 40 --after 10 20   # a row after each of these epochs too
 
 train.py's options come after the recipe's, so they win.
 """
 
+import dataclasses
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,13 +17,14 @@ import train
 import utils
 from data import load_dataset
 from model import VAE
+from options import Options, make_options, make_parser, parse_given
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @utils.command
 def main() -> None:
-    parser = train.make_parser(__doc__, dataset="mnist")
+    parser = make_parser(__doc__, dataset="mnist")
     own, recipes = parser.add_argument_group("recipes"), sorted(RECIPES.iterdir())
     choices = [path.stem for path in recipes if "experiments/" not in path.read_text(encoding="utf-8")]
     own.add_argument("recipes", nargs="+", metavar="RECIPE", choices=choices)
@@ -35,13 +36,13 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for recipe in args.recipes:
-        given = {"dataset": "mnist"} | train.parse_given(parser, [f"@{RECIPES / recipe}.txt", *sys.argv[1:]])
+        given = {"dataset": "mnist"} | parse_given(parser, [f"@{RECIPES / recipe}.txt", *sys.argv[1:]])
         options = {name: value for name, value in given.items() if name not in ("recipes", "after", "nll_samples")}
-        rows += train_recipe(recipe, train.make_options(**options), args.after or [], args.nll_samples)
+        rows += train_recipe(recipe, make_options(**options), args.after or [], args.nll_samples)
         print(*rows, sep="\n")
 
 
-def train_recipe(recipe: str, options: Namespace, after: list[int], nll_samples: int) -> list[str]:
+def train_recipe(recipe: str, options: Options, after: list[int], nll_samples: int) -> list[str]:
     """Trains with a recipe's options -> a row for the last epoch, and for each of those in `after` before it."""
     rows = []
     dataset = load_dataset(options.dataset, options.data_dir, options.image_size, options.hold_out)
@@ -55,7 +56,7 @@ def train_recipe(recipe: str, options: Namespace, after: list[int], nll_samples:
         figures = (f"{minutes:.1f} min", f"{metrics['neg_elbo']:.2f}", nll, str(metrics["active_units"]))
         rows.append(f"| {' | '.join((recipe, str(len(history)), *figures))} |")
 
-    train.train(**vars(options) | {"dataset": dataset}, on_epoch=add_row)
+    train.train(**dataclasses.asdict(options) | {"dataset": dataset}, on_epoch=add_row)
     return rows
 
 

@@ -12,6 +12,7 @@ figures are medians.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -40,17 +41,20 @@ from tqdm import tqdm
 import data
 import evaluate
 import measure
+import options as options_module
 import pictures
+import runs
 import step
 import train
 import utils
 from model import VAE, loss_criterion
+from options import SIZES, Options, make_options, make_parser, parse_given
 from pictures import BLUE, GRAY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OPTIONS = ("dataset", "data_dir", "batch_size", *train.SIZES, "epochs", "device")  # those of train.py
+OPTIONS = ("dataset", "data_dir", "batch_size", *SIZES, "epochs", "device")  # those of train.py
 RECIPES = Path(__file__).parent.parent / "recipes"
 Measurement = Callable[[], float]  # -> the seconds of one pass over the images
 Weights = Callable[[], dict[str, Tensor]]  # -> the model's, as they are after the passes so far
@@ -76,7 +80,7 @@ def conventional(dataset: data.ImageData, args: Namespace) -> Loop:
             self.transform, self.target_transform = transforms.Compose([transforms.ToTensor(), *binarize]), None
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=args.batch_size, shuffle=True)
-    model = train.make_vae(dataset, args).to(args.device)
+    model = make_vae(dataset, args).to(args.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def measure() -> float:
@@ -103,7 +107,7 @@ def jax_scan(dataset: data.ImageData, args: Namespace) -> Loop:
 
     images, size = jnp.asarray(dataset.train_images.flatten(1).numpy()), args.batch_size
     activation = {"relu": jax.nn.relu, "tanh": jnp.tanh, "silu": jax.nn.silu}[args.activation]
-    parameters = train.make_vae(dataset, args).named_parameters()
+    parameters = make_vae(dataset, args).named_parameters()
     weights = {name: jnp.asarray(weight.detach().numpy().T) for name, weight in parameters}
     adam = optax.adam(args.lr)
 
@@ -169,8 +173,9 @@ def _call(i: int) -> Any:
 def ours(dataset: data.ImageData, args: Namespace) -> Measurement:
     """train.train itself, in its third epoch, compiled or not as a run of the usual length is."""
     options = train_options(args)
-    train.complete(options, dataset, train.make_vae(dataset, options))
-    return lambda: third_epoch(**vars(options) | {"dataset": dataset})
+    options = options.resolve(dataset, VAE.for_data(dataset, options.resolve(dataset)))
+    sizes = dataclasses.asdict(options)
+    return lambda: third_epoch(**sizes | {"dataset": dataset})
 
 
 def third_epoch(**arguments: Any) -> float:
@@ -192,14 +197,19 @@ def silence() -> Iterator[str]:
         yield out_dir
 
 
-def train_options(args: Namespace) -> Namespace:
-    return train.make_options(**{name: getattr(args, name) for name in OPTIONS})
+def make_vae(dataset: data.ImageData, args: Namespace) -> VAE:
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    return VAE(dataset.input_size, channels=dataset.shape[0], **sizes)
+
+
+def train_options(args: Namespace) -> Options:
+    return make_options(**{name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None})
 
 
 def matrix_products(dataset: data.ImageData, args: Namespace, precision: str) -> Measurement:
     """A pass's matrix products alone: each layer's outputs and two gradients, but no gradient of the images."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    layers = [layer for layer in train.make_vae(dataset, args).modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in make_vae(dataset, args).modules() if isinstance(layer, nn.Linear)]
     weights = [layer.weight.detach().to(args.device, dtype) for layer in layers]
     inputs = [weight.new_empty(args.batch_size, weight.shape[1]).normal_() for weight in weights]
     gradients = [weight.new_empty(args.batch_size, weight.shape[0]).normal_() for weight in weights]
@@ -282,14 +292,14 @@ def race(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     The rivals have Adam's usual step size of 1e-3. train.py's time includes compilation and its tests, but no pictures.
     """
     goals, path = (100.0, 97.5), RECIPES / f"{args.recipe}.txt"
-    options = train.parse_given(train.make_parser(), [f"@{path}"])  # which fails, if it does, before the race
-    curves, _, _ = take_race(dataset, args, vars(train_options(args)), goals[-1])
+    options = parse_given(make_parser(None), [f"@{path}"])  # which fails, if it does, before the race
+    curves, _, _ = take_race(dataset, args, dataclasses.asdict(train_options(args)), goals[-1])
     print(f"| loop | {' | '.join(f'seconds to a test loss of {goal:g}' for goal in goals)} |\n| --- | --- | --- |")
     for name, curve in curves.items():
         reached = (next((f"{seconds:.0f}" for seconds, loss in curve if loss <= goal), None) for goal in goals)
         print(f"| {name} | {' | '.join(time or f'not in {curve[-1][0]:.0f}' for time in reached)} |")
     options |= {name: getattr(args, name) for name in ("dataset", "data_dir", "device")}
-    sizes = Namespace(**vars(args) | vars(train.make_options(**options)))
+    sizes = Namespace(**vars(args) | dataclasses.asdict(make_options(**options)) | {"likelihood": "bernoulli"})
     _, models, seconds = take_race(dataset, sizes, options)
     print(f"| loop | nll after {seconds:.0f} s, with the sizes of {args.recipe} |\n| --- | --- |")
     nlls = {
@@ -309,7 +319,7 @@ def take_race(
     """
     rivals = start_rivals(dataset, Namespace(**vars(args) | {"lr": 1e-3}))
     test_set = measure.make_test_set(dataset, "dynamic", args.device)
-    models = {name: train.make_vae(dataset, args).to(args.device) for name in rivals}
+    models = {name: make_vae(dataset, args).to(args.device) for name in rivals}
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in (*rivals, "train.py")}
     start, paused = time.perf_counter(), 0.0
 
@@ -341,7 +351,7 @@ def take_race(
 def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     """nll of 1,000 training images with 1,000 samples, compiled and not, and its decoder's matrix products alone."""
     images, labels, num_samples = dataset.train_images[:1000], dataset.train_labels[:1000], 1000
-    model = train.make_vae(dataset, args).to(args.device).requires_grad_(False)
+    model = make_vae(dataset, args).to(args.device).requires_grad_(False)
     test_set = measure.Examples(*data.binarize_test_set(images.to(args.device), "dynamic"), labels.to(args.device))
     device = torch.device(args.device)
     rows = math.prod(measure.BLOCKS[device.type == "cuda"])
@@ -398,8 +408,8 @@ def draw_floats(shape: torch.Size, device: torch.device, generator: torch.Genera
 
 
 TRICKS: dict[str, list[tuple[Any, str, Any]]] = {  # what to patch to do without each
-    "the step as one compiled function": [(train, "is_worth_compiling", lambda *_: False)],
-    "matrix products in the fastest precision": [(train, "choose_precision", lambda *_: "highest")],
+    "the step as one compiled function": [(options_module, "is_worth_compiling", lambda *_: False)],
+    "matrix products in the fastest precision": [(options_module, "choose_precision", lambda *_: "highest")],
     "16 random bits a pixel, not 32": [(data, "draw_bits", draw_floats)],
     "eight steps at once, and then one average of the weights": [(train, "STEPS_AT_ONCE", 1)],
     "a CUDA graph": [(train, "Recorded", lambda steps: steps)],
@@ -432,7 +442,7 @@ def results(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
         for row, left_out in zip(losses.values(), ((), TRICKS), strict=True):
             with tempfile.TemporaryDirectory() as out_dir, without(*left_out):
                 changes = {"dataset": dataset, "seed": seed, "out_dir": out_dir}
-                model, _, _ = train.train(**vars(train_options(args)) | changes)
+                model, _, _ = train.train(**dataclasses.asdict(train_options(args)) | changes)
             row.append(evaluate.evaluate(model, dataset.test_images, nll_samples=1)["neg_elbo"])
     print(f"| seed | {' | '.join(losses)} |\n| --- | --- | --- |")
     rows = dict(enumerate(zip(*losses.values(), strict=True))) | {"mean": map(statistics.mean, losses.values())}
@@ -513,8 +523,8 @@ def main() -> None:
     args = parser.parse_args()
     options = train_options(args)
     torch.set_flush_denormal(True)  # as train.py does, before PyTorch starts its threads
-    options.device = utils.choose_device(options.device).type
-    args = Namespace(**vars(args) | vars(options))
+    device = utils.choose_device(options.device).type
+    args = Namespace(**vars(args) | dataclasses.asdict(options) | {"device": device, "likelihood": "bernoulli"})
     dataset = first_images(data.load_dataset(args.dataset, args.data_dir), args.images)
     if args.batch_size > len(dataset.train_images):
         raise utils.UserError(f"--batch-size {args.batch_size} is more than the {len(dataset.train_images)} images")
@@ -523,7 +533,7 @@ def main() -> None:
     measured = benchmarks[args.benchmark](dataset, args)
     if args.json:
         measured = {"options": vars(args), "how": how} | measured
-        utils.write_atomically(Path(args.json), (json.dumps(measured, indent=2) + "\n").encode())
+        runs.write_atomically(Path(args.json), (json.dumps(measured, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

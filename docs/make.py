@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import runs
 import utils
 from data import ImageData, load_dataset
 from evaluate import check_images, open_test_data
@@ -56,10 +57,10 @@ def make_index(weights: Path) -> str:
     labels = torch.cat([digits.test_labels, digits.train_labels])
     digits = replace(digits, name="mnist", test_images=images, test_labels=labels)
     for role, (name, what) in MODELS.items():
-        models[role], checkpoint = utils.load_checkpoint(weights / f"{name}.pt")
+        models[role], checkpoint = runs.load_checkpoint(weights / f"{name}.pt")
         caption = describe(digits, checkpoint["options"]["binarize"], models[role], checkpoint["epoch"])
         notes.append(f"{what}: {caption}.")
-    emoji, (model, checkpoint) = read_emoji(), utils.load_checkpoint(weights / "emoji.pt")
+    emoji, (model, checkpoint) = read_emoji(), runs.load_checkpoint(weights / "emoji.pt")
     caption = describe(emoji, checkpoint["options"]["binarize"], model, checkpoint["epoch"])
     notes.append(f"Emoji: {caption}. They are those of Noto Color Emoji, under the SIL Open Font License 1.1.")
     return make_page("A latent space to touch", [*NOTES, *notes], models, digits, (model, emoji))
@@ -87,7 +88,7 @@ def read_emoji() -> ImageData:
 
 def explore(path: Path, data_dir: str) -> str:
     """The page of a checkpoint file and its run's test images. Raises UserError as make_explorer does."""
-    model, checkpoint = utils.load_checkpoint(path)
+    model, checkpoint = runs.load_checkpoint(path)
     dataset = open_test_data(model, checkpoint, path, data_dir)
     binarize = checkpoint.get("options", {}).get("binarize", "dynamic")  # other repositories' checkpoints have none
     caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
@@ -235,13 +236,13 @@ def main() -> None:
         print(f"wrote {EMOJI}")
         return
     if args.run:
-        checkpoint = utils.checkpoint_path(args.run)
+        checkpoint = runs.checkpoint_path(args.run)
         folder = checkpoint.parent if checkpoint.name == "checkpoint.pt" else checkpoint.with_suffix("")
         page, path = explore(checkpoint, args.data_dir), folder / "explorer.html"
         folder.mkdir(exist_ok=True)
     else:
         page, path = make_index(ROOT / "weights"), ROOT / "docs" / "index.html"
-    utils.write_atomically(path, page.encode())
+    runs.write_atomically(path, page.encode())
     print(f"wrote {path} ({len(page) / 1e6:.1f} MB): open it in a browser")
 
 

@@ -8,7 +8,6 @@ row of prior_samples.png is drawn for one class.
 """
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,6 +20,7 @@ from torch.distributions import Distribution
 import train
 from data import ImageData
 from model import VAE, Decoder, Encoder
+from options import Options
 
 
 class ConditionalVAE(VAE):
@@ -33,6 +33,10 @@ class ConditionalVAE(VAE):
         self.encoder = Encoder(input_size + num_classes, hidden_size, config["encoder_layers"], activation)
         self.decoder = Decoder(latent_size + num_classes, hidden_size, input_size, config["decoder_layers"], activation)
         config["num_classes"] = num_classes
+
+    @classmethod
+    def for_data(cls, dataset: ImageData, options: Options, **more: int) -> "ConditionalVAE":
+        return super().for_data(dataset, options, num_classes=len(dataset.classes), **more)
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         return super().posterior(self.append_labels(x.flatten(1), y))
@@ -48,9 +52,5 @@ class ConditionalVAE(VAE):
         return torch.cat([values, labels.expand(*values.shape[:-1], -1)], -1)
 
 
-def make_model(dataset: ImageData, options: Namespace) -> VAE:
-    return train.make_vae(dataset, options, ConditionalVAE, num_classes=len(dataset.classes))
-
-
 if __name__ == "__main__":
-    train.main(make_model, __doc__)
+    train.main(ConditionalVAE, __doc__)

@@ -10,7 +10,6 @@ Only self.encoder, self.decoder and initial weights change. The encoder halves t
 
 import math
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import train
 from data import ImageData
 from model import ACTIVATIONS, VAE, Encoder
+from options import Options
 
 
 class Block(nn.Module):
@@ -70,11 +70,11 @@ class ConvVAE(VAE):
         nn.init.constant_(self.latent_z.logvar.bias, -4)  # less noise in z, so that the decoder learns to use it
         nn.init.kaiming_uniform_(self.latent_z.mu.weight)
 
-
-def make_model(dataset: ImageData, options: Namespace) -> VAE:
-    return train.make_vae(dataset, options, ConvVAE, shape=dataset.shape)
+    @classmethod
+    def for_data(cls, dataset: ImageData, options: Options) -> "ConvVAE":
+        return super().for_data(dataset, options, shape=dataset.shape)
 
 
 if __name__ == "__main__":
     sizes = {"hidden_size": 256, "latent_size": 50, "encoder_layers": 1, "activation": "silu"}
-    train.main(make_model, __doc__, **sizes, lr=2e-3, kl_warmup=5)
+    train.main(ConvVAE, __doc__, **sizes, lr=2e-3, kl_warmup=5)

@@ -9,7 +9,6 @@ their mean L(x, y) (eq. 6) and ALPHA times their mean classifier loss (eq. 9). T
 
 import math
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -22,6 +21,7 @@ import train
 from data import ImageData
 from experiments.conditional import ConditionalVAE
 from model import Encoder
+from options import Options
 from utils import UserError
 
 LABELS, ALPHA, GAMMA = 10, 32.0, 0.25  # labelled images of each class, and the weights of their losses
@@ -37,6 +37,19 @@ class SemiSupervisedVAE(ConditionalVAE):
         self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), *layers)
         self.register_buffer("labels", torch.arange(num_classes).repeat_interleave(LABELS))
         self.register_buffer("labelled", torch.zeros(num_classes * LABELS, input_size, dtype=torch.uint8))
+
+    @classmethod
+    def for_data(cls, dataset: ImageData, options: Options) -> "SemiSupervisedVAE":
+        num_classes = len(dataset.classes)
+        images = dataset.train_images.flatten(1)
+        y = dataset.train_labels
+        if (options.objective, options.likelihood, options.binarize or "dynamic") != ("elbo", "bernoulli", "dynamic"):
+            raise UserError("semi_supervised.py is for --objective elbo, --likelihood bernoulli and --binarize dynamic")
+        if num_classes < 2 or y.bincount(minlength=num_classes).min() < LABELS:
+            raise UserError(f"semi_supervised.py needs two or more classes, with {LABELS} or more images of each")
+        model = super().for_data(dataset, options)
+        model.labelled.copy_(torch.cat([images[y == i][:LABELS] for i in range(num_classes)]))
+        return model
 
     def loss(
         self, inputs: Tensor, targets: Tensor, y: Tensor | None = None, kl_weight: float | Tensor = 1.0
@@ -56,17 +69,6 @@ class SemiSupervisedVAE(ConditionalVAE):
         return reconstruction + kl_weight * kl + GAMMA * with_label + ALPHA * classification, reconstruction + kl
 
 
-def make_model(dataset: ImageData, options: Namespace) -> SemiSupervisedVAE:
-    num_classes, images, y = len(dataset.classes), dataset.train_images.flatten(1), dataset.train_labels
-    if (options.objective, options.likelihood, options.binarize or "dynamic") != ("elbo", "bernoulli", "dynamic"):
-        raise UserError("semi_supervised.py is for --objective elbo, --likelihood bernoulli and --binarize dynamic")
-    if num_classes < 2 or y.bincount(minlength=num_classes).min() < LABELS:
-        raise UserError(f"semi_supervised.py needs two or more classes, with {LABELS} or more training images of each")
-    model = train.make_vae(dataset, options, SemiSupervisedVAE, num_classes=num_classes)
-    model.labelled.copy_(torch.cat([images[y == i][:LABELS] for i in range(num_classes)]))
-    return model
-
-
 def report(model: SemiSupervisedVAE, dataset: ImageData) -> None:
     """Prints the classifier's error on gray images, beside that of one trained on the labelled images alone."""
     alone = SemiSupervisedVAE(**model.config).to(model.labelled.device)
@@ -81,4 +83,6 @@ def report(model: SemiSupervisedVAE, dataset: ImageData) -> None:
 
 
 if __name__ == "__main__":
-    train.main(make_model, __doc__, report, hidden_size=256, latent_size=10, activation="silu", lr=3e-3, beta=3.0)
+    train.main(
+        SemiSupervisedVAE, __doc__, report, hidden_size=256, latent_size=10, activation="silu", lr=3e-3, beta=3.0
+    )

@@ -11,7 +11,6 @@ Its KL has no closed form, so it is estimated from the draw of z.
 
 import math
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,6 +22,7 @@ from torch.distributions import Distribution
 import train
 from data import ImageData
 from model import VAE, DiagonalNormal
+from options import Options
 
 
 class Mixture(Distribution):
@@ -61,17 +61,17 @@ class VampVAE(VAE):
         self.config["num_pseudo_inputs"] = num_pseudo_inputs
         self.pseudo_inputs = nn.Parameter(torch.rand(num_pseudo_inputs, input_size))
 
+    @classmethod
+    def for_data(cls, dataset: ImageData, options: Options) -> "VampVAE":
+        model = super().for_data(dataset, options)
+        chosen = torch.randint(len(dataset.train_images), (len(model.pseudo_inputs),))
+        model.pseudo_inputs.data = dataset.train_images[chosen].flatten(1) / 255
+        return model
+
     def prior(self, y: Tensor | None = None) -> Distribution:
         return Mixture(self.posterior(self.pseudo_inputs.clamp(0, 1)))
 
 
-def make_model(dataset: ImageData, options: Namespace) -> VAE:
-    model = train.make_vae(dataset, options, VampVAE)
-    chosen = torch.randint(len(dataset.train_images), (len(model.pseudo_inputs),))
-    model.pseudo_inputs.data = dataset.train_images[chosen].flatten(1) / 255
-    return model
-
-
 if __name__ == "__main__":
     sizes = {"hidden_size": 512, "decoder_layers": 2, "activation": "silu", "latent_size": 50}
-    train.main(make_model, __doc__, **sizes, batch_size=512, lr=2e-3, kl_warmup=25, epochs=80)
+    train.main(VampVAE, __doc__, **sizes, batch_size=512, lr=2e-3, kl_warmup=25, epochs=80)

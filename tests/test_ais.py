@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
 import measure
+import runs
 import utils
 from benchmarks import ais
 from model import VAE, DiagonalNormal
@@ -100,7 +101,7 @@ def test_refuses_another_posterior():
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fails: Callable):
     model = VAE(hidden_size=8, latent_size=2)
     checkpoint = {"model": model.config, "model_state_dict": model.state_dict(), "options": {"dataset": "mnist-5k"}}
-    utils.save_checkpoint(tmp_path / "run.pt", checkpoint)
+    runs.save_checkpoint(tmp_path / "run.pt", checkpoint)
     sizes = ["--images", "3", "--chains", "2", "--temperatures", "3"]
     monkeypatch.setattr(sys, "argv", ["ais.py", str(tmp_path / "run.pt"), *sizes])
     monkeypatch.setattr(measure, "estimate_nll", lambda _, test_set, **__: torch.full((len(test_set.inputs),), 123.0))
@@ -109,6 +110,6 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert output.count("123.000") == 2
     assert output.count("standard error") == 3
     checkpoint["options"]["binarize"] = "none"
-    utils.save_checkpoint(tmp_path / "gray.pt", checkpoint)
+    runs.save_checkpoint(tmp_path / "gray.pt", checkpoint)
     assert "no likelihood" in fails(ais.main, tmp_path / "gray.pt")
     assert "--chains" in fails(ais.main, tmp_path / "run.pt", "--chains=0")

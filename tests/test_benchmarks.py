@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import evaluate
+import runs
 import step
 import train
-import utils
 from benchmarks import convolutions, likelihood, throughput
 from data import ImageData, binarize
+from model import VAE
 from tests.conftest import processes
 
 SMALL = ["--dataset=mnist-5k", "--images=600", "--hidden-size=16", "--latent-size=2", "--repeats=2", "--device=cpu"]
@@ -76,7 +77,7 @@ def test_tricks_can_be_done_without(measure: Callable):
     dataset = ImageData("gray", ["gray"], images, labels, images, labels)
     with throughput.without(*throughput.TRICKS):
         assert train.STEPS_AT_ONCE == 1
-        train.complete(options, dataset, train.make_vae(dataset, options))
+        options = options.resolve(dataset, VAE.for_data(dataset, options.resolve(dataset)))
         assert (options.compile, options.precision) == (False, "highest")
         sample, _ = binarize(images, "dynamic")
         assert sample.mean().item() == pytest.approx(64 / 255, abs=0.01)
@@ -134,7 +135,7 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(  # the models of rivals are left in training mode
             train, "compute_test_losses", lambda model, _: (99.5, next(losses) if model.training else 99.0, 0.5)
         )
-        return {"rival": (lambda: 0.01, train.make_vae(dataset, args).state_dict)}
+        return {"rival": (lambda: 0.01, throughput.make_vae(dataset, args).state_dict)}
 
     def evaluate_model(model: train.VAE, images: torch.Tensor, nll_samples: int) -> dict[str, float]:
         sizes.append(model.config["latent_size"])
@@ -187,7 +188,7 @@ def test_likelihood_rows(digits: ImageData, tmp_path: Path, monkeypatch: pytest.
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]]
     assert [row[:2] for row in rows] == [[recipe, epochs] for recipe in recipes for epochs in "12"]
     for row, run, mode in ((rows[1], "001", "dynamic"), (rows[3], "002", "none")):
-        model, _ = utils.load_checkpoint(next(tmp_path.glob(f"{run}*")))
+        model, _ = runs.load_checkpoint(next(tmp_path.glob(f"{run}*")))
         metrics = evaluate.evaluate(model, digits.test_images, mode, 3)
         assert float(row[3]) == pytest.approx(metrics["neg_elbo"], abs=0.02)
         assert row[4] == (f"{metrics['nll']:.2f} (3 samples)" if mode == "dynamic" else "")
@@ -196,7 +197,7 @@ def test_likelihood_rows(digits: ImageData, tmp_path: Path, monkeypatch: pytest.
 
 def test_likelihood_refuses_recipes_of_experiments(fails: Callable):
     """Which it would train as another model."""
-    error = fails(likelihood.main, "burda2016-two-layers")
+    error = fails(likelihood.main, "pictures")
     assert "one-minute" in error
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import evaluate
 import measure
+import runs
 import train
 import utils
 from data import ImageData
@@ -60,7 +61,7 @@ def test_from_files_to_pictures(kind: str, tmp_path: Path, monkeypatch: pytest.M
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
     made = tmp_path / "runs" / "001-mine-z2"
     assert {path.stem for path in made.glob("*.png")} == DRAWN
-    model, checkpoint = utils.load_checkpoint(made)
+    model, checkpoint = runs.load_checkpoint(made)
     side = 16 if kind == "folder" else 32
     assert (model.config["input_size"], model.config["channels"], model.config["likelihood"]) == (
         3 * side**2,
@@ -81,7 +82,7 @@ def test_a_gray_version_is_trained_and_tested_as_such(tmp_path: Path, monkeypatc
     run(monkeypatch, train.main, "--resume", made, "--epochs=3")
     run(monkeypatch, evaluate.main, made, "--nll-samples=1")
     run(monkeypatch, evaluate.main, made, "--nll-samples=1", "--dataset", tmp_path / "mine.npz")
-    assert utils.load_checkpoint(made)[0].config["channels"] == 1
+    assert runs.load_checkpoint(made)[0].config["channels"] == 1
 
 
 def test_a_colour_model_is_tested_on_gray_pictures(colours: ImageData, tmp_path: Path):
@@ -111,7 +112,7 @@ def test_defaults_follow_the_data(name: str, given: dict, expected: tuple, colou
     data = ImageData(name, colours.classes, images[0], colours.train_labels, images[1], colours.test_labels)
     monkeypatch.setattr(train, "draw", lambda *args: None)
     model, _, made = train.train(data, epochs=1, hidden_size=8, latent_size=2, out_dir=tmp_path, **given)
-    options = utils.read_checkpoint(made)["options"]
+    options = runs.read_checkpoint(made)["options"]
     assert (options["likelihood"], options["binarize"]) == expected
     assert model.config["likelihood"] == expected[0]
     metrics = evaluate.evaluate(model, data.test_images, nll_samples=1)
@@ -122,7 +123,7 @@ def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, 
     for likelihood, binarize in (("bernoulli", "dynamic"), ("logistic", "none")):
         model = VAE(192, 8, 2, likelihood=likelihood, channels=3)
         _, _, made = train.train(colours, model, epochs=1, out_dir=tmp_path)
-        options = utils.read_checkpoint(made)["options"]
+        options = runs.read_checkpoint(made)["options"]
         assert (options["likelihood"], options["binarize"]) == (likelihood, binarize)
     with pytest.raises(utils.UserError, match="--likelihood"):
         train.train(colours, model, epochs=1, out_dir=tmp_path, likelihood="bernoulli")
@@ -150,6 +151,6 @@ def test_mirrored_images_are_trained_on_too(colours: ImageData, tmp_path: Path, 
     labels = torch.cat([colours.train_labels] * 2)
     twice = ImageData("twice", colours.classes, both, labels, colours.test_images, colours.test_labels)
     _, _, plain = train.train(twice, **options)
-    weights, expected = (utils.load_checkpoint(run)[0].state_dict() for run in (mirrored, plain))
+    weights, expected = (runs.load_checkpoint(run)[0].state_dict() for run in (mirrored, plain))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     train.resume(mirrored, dataset=colours, epochs=3)  # its own images, without the copies

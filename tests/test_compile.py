@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+import runs
 import step
 import train
-import utils
 from data import ImageData
 from model import VAE
 from tests.conftest import SIZE
@@ -90,12 +90,12 @@ def trained(kind: type[VAE], data: ImageData, out_dir: Path, epochs: int = 2, **
 
 
 def was_compiled(run: Path) -> bool:
-    return utils.read_checkpoint(run)["options"]["compile"]
+    return runs.read_checkpoint(run)["options"]["compile"]
 
 
 def assert_same_losses(run: Path, reference: Path) -> None:
     """To rounding, after the same draws. (Other draws differ by 1e-2.)"""
-    for row, other in zip(*(utils.read_checkpoint(path)["history"] for path in (run, reference)), strict=True):
+    for row, other in zip(*(runs.read_checkpoint(path)["history"] for path in (run, reference)), strict=True):
         for name in ("train_loss", "test_reconstruction", "test_kl"):
             assert row[name] == pytest.approx(other[name], rel=2e-3, abs=0.01)
 
@@ -139,12 +139,12 @@ def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData,
             shutil.copytree(tmp_path / "001-mnist-5k-z2", run)
 
     straight = trained(kind, small, tmp_path, 4, compile=True, on_epoch=interrupt)
-    assert utils.read_checkpoint(run)["epoch"] == 2
+    assert runs.read_checkpoint(run)["epoch"] == 2
     train.resume(run, kind(), small)
     assert was_compiled(run)
     resumed, expected = state(run), state(straight)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    adams = [utils.read_checkpoint(path)["optimizer_state_dict"]["state"] for path in (run, straight)]
+    adams = [runs.read_checkpoint(path)["optimizer_state_dict"]["state"] for path in (run, straight)]
     steps = 4 * -(-len(small.train_images) // OPTIONS["batch_size"])
     for ours, other in zip(*(adam.values() for adam in adams), strict=True):
         assert other["step"] == steps
@@ -179,7 +179,7 @@ def test_a_program_that_no_longer_fits_is_not_compiled_again(small: ImageData, t
     assert len(programs) == 1
     assert len(warnings_in(capsys)) == 1
     assert not was_compiled(run)
-    first, *_, last = (row["test_loss"] for row in utils.read_checkpoint(run)["history"])
+    first, *_, last = (row["test_loss"] for row in runs.read_checkpoint(run)["history"])
     assert last < 0.7 * first
 
 
@@ -346,11 +346,10 @@ def test_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_rule_counts_the_steps(small: ImageData, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "is_worth_compiling", lambda device, ranks, steps: steps == 20 * 11)
+    monkeypatch.setattr("options.is_worth_compiling", lambda device, ranks, steps: steps == 20 * 11)
     for given, expected in (({}, True), ({"epochs": 19}, False), ({"compile": False}, False)):
         options = train.make_options(**{"epochs": 20, "batch_size": 99} | given)  # 1,000 images: the last batch has 10
-        train.complete(options, small, Ordinary())
-        assert options.compile == expected
+        assert options.resolve(small, Ordinary()).compile == expected
 
 
 def test_precision_follows_from_the_hardware_and_the_batch(monkeypatch: pytest.MonkeyPatch):
@@ -402,7 +401,7 @@ def test_bfloat16_follows_the_weights_as_they_change(compile: bool, small: Image
     precisions = ("bfloat16", "highest")
     run, reference = (trained(Ordinary, small, tmp_path, 6, precision=name, compile=compile) for name in precisions)
     assert_same_losses(run, reference)
-    *_, last = utils.read_checkpoint(reference)["history"]
+    *_, last = runs.read_checkpoint(reference)["history"]
     assert last["train_loss"] < 17
 
 
@@ -411,10 +410,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     few = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=8", f"--out-dir={tmp_path}", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["train.py", *few, "--precision=highest", "--no-compile"])
     train.main()
-    options = utils.read_checkpoint(tmp_path)["options"]
+    options = runs.read_checkpoint(tmp_path)["options"]
     assert (options["compile"], options["precision"]) == (False, "highest")
     assert "compil" not in capsys.readouterr().out
     resume = ["--resume", str(tmp_path / "001-mnist-5k-z20"), "--epochs=2", "--precision=medium"]
     monkeypatch.setattr(sys, "argv", ["train.py", *resume])
     train.main()
-    assert utils.read_checkpoint(tmp_path)["options"]["precision"] == "medium"
+    assert runs.read_checkpoint(tmp_path)["options"]["precision"] == "medium"

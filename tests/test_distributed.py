@@ -12,6 +12,7 @@ import torch
 
 import data
 import measure
+import runs
 import train
 import utils
 from data import ImageData
@@ -129,7 +130,7 @@ def test_two_ranks_follow_one_process_and_one_continues_from_two(tmp_path: Path,
         expected = [row[name] for row in history]
         assert [row[name] for row in resumed] == pytest.approx(expected, rel=0.04)  # with other noise
     run_ranks(2, run_command, f"--resume={run}", "--epochs=4")
-    assert utils.load_checkpoint(run)[1]["epoch"] == 4
+    assert runs.load_checkpoint(run)[1]["epoch"] == 4
 
 
 def record_what_is_seen(data: ImageData) -> None:
@@ -188,14 +189,14 @@ train.main()
     )
     done = torchrun(2, tmp_path / "script.py", *ARGS, "--epochs=50", f"--out-dir={tmp_path / 'runs'}")
     assert done.returncode != 0
-    assert utils.load_checkpoint(tmp_path / "runs" / "001-mnist-5k-z4")[1]["epoch"] == 2
+    assert runs.load_checkpoint(tmp_path / "runs" / "001-mnist-5k-z4")[1]["epoch"] == 2
 
 
 def test_a_batch_smaller_than_the_ranks_is_refused(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "rank_and_ranks", lambda: (0, 3))
-    train.set_up(digits, None, train.make_options(batch_size=3))
+    monkeypatch.setattr(measure, "rank_and_ranks", lambda: (0, 3))
+    measure.check_model(VAE(784, 8, 2), digits, "dynamic", batch_size=3)
     with pytest.raises(UserError, match="--batch-size must be 3 or more"):
-        train.set_up(digits, None, train.make_options(batch_size=2))
+        measure.check_model(VAE(784, 8, 2), digits, "dynamic", batch_size=2)
 
 
 def load_in_turn() -> None:

@@ -15,8 +15,8 @@ from torch.distributions import Bernoulli, Independent, Normal
 import evaluate
 import measure
 import pictures
+import runs
 import train
-import utils
 from data import ImageData, binarize
 from measure import Examples, make_test_set
 from model import VAE, loss_criterion
@@ -356,7 +356,7 @@ KEYS = {
 def save_run(run: Path, model: VAE, **extra: object) -> Path:
     run.mkdir(parents=True)
     checkpoint = {"model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "model": model.config}
-    utils.save_checkpoint(run / "checkpoint.pt", checkpoint | extra)
+    runs.save_checkpoint(run / "checkpoint.pt", checkpoint | extra)
     return run
 
 

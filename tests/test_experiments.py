@@ -14,12 +14,16 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 import data
 import evaluate
 import pictures
+import runs
 import train
 import utils
 from data import ImageData
-from experiments import conditional, convolutional, semi_supervised, vampprior
+from experiments import conditional, convolutional, vampprior
+from experiments.burda2016 import BurdaVAE
+from experiments.burda2016_two_layers import BurdaTwoLayerVAE
 from experiments.flow_posterior import FlowPosteriorVAE
 from experiments.flow_prior import FlowPriorVAE
+from experiments.semi_supervised import SemiSupervisedVAE
 from experiments.two_layers import TwoLayerVAE
 from experiments.two_layers_vampprior import TwoLayerVampVAE
 from step import matmul_precision
@@ -27,16 +31,18 @@ from tests.conftest import not_windows, run_ranks, thinned
 
 ROOT = Path(__file__).parent.parent
 MODELS = {
-    "conditional": conditional.make_model,
-    "convolutional": convolutional.make_model,
+    "burda2016": BurdaVAE,
+    "burda2016_two_layers": BurdaTwoLayerVAE,
+    "conditional": conditional.ConditionalVAE,
+    "convolutional": convolutional.ConvVAE,
     "flow_posterior": FlowPosteriorVAE,
     "flow_prior": FlowPriorVAE,
-    "semi_supervised": semi_supervised.make_model,
+    "semi_supervised": SemiSupervisedVAE,
     "two_layers": TwoLayerVAE,
     "two_layers_vampprior": TwoLayerVampVAE,
-    "vampprior": vampprior.make_model,
+    "vampprior": vampprior.VampVAE,
 }
-WITH_CLOSED_FORM = ("conditional", "convolutional", "semi_supervised")  # of the KL
+WITH_CLOSED_FORM = ("burda2016", "conditional", "convolutional", "semi_supervised")  # of the KL
 SMALL = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=16", "--latent-size=2", "--batch-size=100", "--device=cpu"]
 
 
@@ -75,7 +81,7 @@ def test_the_vampprior_is_the_mixture_of_posteriors():
 
 
 def test_pseudo_inputs_start_as_training_images(digits: ImageData):
-    model = vampprior.make_model(digits, train.make_options(hidden_size=8))
+    model = vampprior.VampVAE.for_data(digits, train.make_options(hidden_size=8))
     images = {tuple(image) for image in (digits.train_images.flatten(1) / 255).tolist()}
     assert model.pseudo_inputs.shape == (500, 784)
     assert all(tuple(image) in images for image in model.pseudo_inputs.tolist())
@@ -115,7 +121,7 @@ def test_the_conditional_model_hears_its_labels():
 def test_the_right_labels_say_more_than_wrong_ones(digits: ImageData, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 4, "batch_size": 50, "lr": 3e-3, "hidden_size": 64, "latent_size": 4}
-    model, _, _ = train.train(thinned(digits, 2), conditional.make_model, **options, out_dir=tmp_path)
+    model, _, _ = train.train(thinned(digits, 2), conditional.ConditionalVAE, **options, out_dir=tmp_path)
     right = evaluate.evaluate(model, digits.test_images, nll_samples=1, labels=digits.test_labels)
     wrong = evaluate.evaluate(model, digits.test_images, nll_samples=1, labels=(digits.test_labels + 1) % 10)
     assert wrong["neg_elbo"] > right["neg_elbo"] + 20
@@ -138,7 +144,7 @@ def call(monkeypatch: pytest.MonkeyPatch, name: str, *args: str | Path) -> None:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return utils.read_checkpoint(run)["training_weights"]
+    return runs.read_checkpoint(run)["training_weights"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,12 +161,12 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     names |= {"latent_usage"} if name in WITH_CLOSED_FORM else set()
     assert {path.stem for path in run.glob("*.png")} == names
     assert " nll " in capsys.readouterr().out
-    assert type(utils.load_checkpoint(run)[0]).__module__ == f"experiments.{name}"  # as evaluate.py loads it
+    assert type(runs.load_checkpoint(run)[0]).__module__ == f"experiments.{name}"  # as evaluate.py loads it
     for module in (evaluate, pictures):  # which takes most of the time
         monkeypatch.setattr(module, "save_figure", lambda *args: None)
     call(monkeypatch, name, "--resume", run, "--epochs=2", "--nll-samples=2")
     call(monkeypatch, name, *SMALL, "--epochs=2", "--out-dir", tmp_path, "--nll-samples=1")
-    straight = weights(utils.newest_run(tmp_path))
+    straight = weights(runs.newest_run(tmp_path))
     assert all(torch.equal(value, straight[key]) for key, value in weights(run).items())
     call(monkeypatch, name, "--resume", run, "--nll-samples=4")  # finished: evaluated again
     assert json.loads((run / "metrics.json").read_text())["nll_samples"] == 4
@@ -173,7 +179,7 @@ def test_is_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 1, "hidden_size": 16, "latent_size": 2, "batch_size": 100, "out_dir": tmp_path}
     train.train("mnist-5k", MODELS[name], **options, compile=True)
-    assert utils.read_checkpoint(tmp_path)["options"]["compile"], capsys.readouterr().err
+    assert runs.read_checkpoint(tmp_path)["options"]["compile"], capsys.readouterr().err
 
 
 def test_an_experiments_run_needs_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -187,11 +193,11 @@ def test_an_experiments_run_needs_no_class(tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((run / "metrics.json").read_text()) == before
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run), "--epochs=2"])
     train.main()
-    checkpoint = utils.read_checkpoint(run)
+    checkpoint = runs.read_checkpoint(run)
     assert checkpoint["epoch"] == 2
-    utils.save_checkpoint(run / "checkpoint.pt", checkpoint | {"class": "os.PathLike"})
+    runs.save_checkpoint(run / "checkpoint.pt", checkpoint | {"class": "os.PathLike"})
     with pytest.raises(utils.UserError, match=r"os\.PathLike"):
-        utils.load_checkpoint(run)
+        runs.load_checkpoint(run)
 
 
 @not_windows

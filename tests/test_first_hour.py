@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import evaluate
+import runs
 import train
 import utils
 from data import ImageData
@@ -131,7 +132,7 @@ def test_torch_hub_beside_modules_of_the_same_names(when: str, tmp_path: Path):
 
 def write_often(path: Path) -> None:
     for i in range(20):
-        utils.save_checkpoint(path, {"weights": torch.full((10_000,), i)})
+        runs.save_checkpoint(path, {"weights": torch.full((10_000,), i)})
 
 
 @not_windows
@@ -149,12 +150,12 @@ def test_two_processes_write_the_same_file(tmp_path: Path):
 
 def test_two_commands_start_at_once(few_digits: Path, tmp_path: Path):
     """On an empty machine, without run folders and matplotlib's cache."""
-    cache, runs = str(tmp_path / "mpl"), tmp_path / "runs"
-    words = ("--dataset", few_digits, "--epochs=1", "--hidden-size=16", "--out-dir", runs)
+    cache, out_dir = str(tmp_path / "mpl"), tmp_path / "runs"
+    words = ("--dataset", few_digits, "--epochs=1", "--hidden-size=16", "--out-dir", out_dir)
     with ThreadPoolExecutor() as pool:
         both = list(pool.map(lambda _: run_script(ROOT / "train.py", *words, MPLCONFIGDIR=cache), range(2)))
     assert [done.returncode for done in both] == [0, 0], both
-    weights = [utils.read_checkpoint(run)["model_state_dict"] for run in runs.iterdir()]
+    weights = [runs.read_checkpoint(run)["model_state_dict"] for run in out_dir.iterdir()]
     assert len(weights) == 2
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -165,7 +166,7 @@ def test_two_commands_start_at_once(few_digits: Path, tmp_path: Path):
 
 def test_a_run_in_its_first_epoch_is_not_the_newest(few, options: dict, monkeypatch: pytest.MonkeyPatch, capsys):
     _, _, run = train.train(few, **options)
-    unfinished = utils.new_run_folder(run.parent, "few", 2)
+    unfinished = runs.new_run_folder(run.parent, "few", 2)
     capsys.readouterr()
     metrics = evaluate.evaluate_run(run.parent, dataset=few, nll_samples=1)
     printed = capsys.readouterr()
@@ -174,7 +175,7 @@ def test_a_run_in_its_first_epoch_is_not_the_newest(few, options: dict, monkeypa
     evaluate.evaluate_run(run, dataset=few, nll_samples=1)
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="after an epoch"):
-        utils.checkpoint_path(unfinished)
+        runs.checkpoint_path(unfinished)
 
 
 @pytest.mark.parametrize("suffix", [" copy", " (1)", ".sync-conflict-20240101", "-backup"])
@@ -182,11 +183,11 @@ def test_a_copy_is_not_taken_for_the_newest(suffix: str, few, options: dict, fai
     _, _, first = train.train(few, **options)
     _, _, run = train.train(few, **options)
     shutil.copytree(first, f"{first}{suffix}")
-    assert utils.newest_run(run.parent) == run
+    assert runs.newest_run(run.parent) == run
     copy = Path(shutil.copytree(run, f"{run}{suffix}"))
     assert f"{run} and {copy} have the same number" in fails(evaluate.main, run.parent)
-    assert utils.checkpoint_path(copy).parent == copy
-    assert utils.new_run_folder(run.parent, "few", 2).name == "003-few-z2"
+    assert runs.checkpoint_path(copy).parent == copy
+    assert runs.new_run_folder(run.parent, "few", 2).name == "003-few-z2"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_windows_paths_and_editors_in_an_argument_file(tmp_path: Path):
     path = tmp_path / "mine.txt"
     text = "--data-dir C:\\new\\data --out-dir \"D:\\my runs\\\"  # a comment\n--dataset '\\\\server\\it'\n"
     path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-    given = train.parse_given(train.make_parser(), [f"@{path}"])
+    given = train.parse_given(train.make_parser(None), [f"@{path}"])
     assert given == {"data_dir": "C:\\new\\data", "out_dir": "D:\\my runs\\", "dataset": "\\\\server\\it"}
 
 
@@ -248,7 +249,7 @@ def test_a_normalization_and_a_batch_of_one_image(images, batch_size, is_possibl
     assert not options["out_dir"].exists()
 
 
-WRONG = [{"dataset": wrong} for wrong in (torch.zeros(9, 28, 28), None, [1, 2])]
+WRONG = [{"dataset": wrong} for wrong in (torch.zeros(9, 28, 28), [1, 2])]
 WRONG += [{"model": wrong} for wrong in ({}, "conv", lambda dataset, options: None)]
 WRONG += [{"on_epoch": wrong} for wrong in (5, lambda model: None)]
 

@@ -11,13 +11,14 @@ import evaluate
 import measure
 import train
 from data import ImageData
+from experiments import burda2016
+from experiments.burda2016_two_layers import BurdaTwoLayerVAE
 from experiments.flow_posterior import FlowPosteriorVAE
 from experiments.flow_prior import Coupling, Flow, FlowPriorVAE
 from experiments.two_layers import TwoLayerVAE
 from experiments.two_layers_vampprior import TwoLayerVampVAE
 from model import VAE, DiagonalNormal
 from tests.conftest import SIZE
-from tests.test_recipes import RECIPES, options_of
 from tests.test_subclasses import integral
 
 KINDS = (FlowPriorVAE, FlowPosteriorVAE, TwoLayerVAE, TwoLayerVampVAE)
@@ -176,9 +177,8 @@ def test_the_vampprior_on_top_is_a_mixture():
 
 def test_two_layers_have_the_papers_sizes(digits: ImageData):
     """784 - 200 - 200 - 100 - 100 - 100 - 50 and back, with Glorot's weights and the mean image (Burda et al. 2016)."""
-    (recipe,) = (path for path in RECIPES if path.stem == "burda2016-two-layers")
-    options = options_of(f"@{recipe}")
-    _, model = train.set_up(digits, TwoLayerVAE, options)
+    options = train.make_options(latent_size=150, **burda2016.SIZES)
+    model = BurdaTwoLayerVAE.for_data(digits, options.resolve(digits))
 
     def sizes(*parts: nn.Module) -> list[tuple[int, ...]]:
         layers = (layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear))

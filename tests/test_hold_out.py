@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import evaluate
+import runs
 import train
-import utils
 from data import ImageData, load_dataset
 from tests.conftest import thinned
 from tests.test_data import lay_out
@@ -62,7 +62,7 @@ def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tm
     evaluate.main()
     assert "tested on 60 held-out training images; 60 held-out images" in capsys.readouterr().out
     metrics = json.loads((run / "metrics.json").read_text())
-    model, _ = utils.load_checkpoint(run)
+    model, _ = runs.load_checkpoint(run)
     expected = evaluate.evaluate(model, held.test_images, nll_samples=1)
     del expected["nll_per_image"]
     assert metrics == expected | {"dataset": "few", "hold_out": 60, "binarize": "none"}

@@ -73,7 +73,7 @@ def test_needs_torch_alone():
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} == {"math", "torch"}
+    assert {name.split(".")[0] for name in names} == {"math", "torch", "typing"}
 
 
 @pytest.mark.parametrize("size", [1, 30, 784, 3 * 64 * 64])

@@ -16,8 +16,8 @@ from PIL import Image, features
 from PIL.PngImagePlugin import PngImageFile
 
 import evaluate
+import runs
 import train
-import utils
 from data import ImageData, load_dataset
 from model import VAE
 from utils import UserError
@@ -79,7 +79,7 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     assert "200 pictures in gray, cropped square at the centre and resized to 16 x 16" in printed
     (made,) = out_dir.iterdir()
     assert made.name == "001-my shapes-z2"
-    model, checkpoint = utils.load_checkpoint(made)
+    model, checkpoint = runs.load_checkpoint(made)
     assert model.config["input_size"] == 256
     assert checkpoint["options"]["dataset"] == str(folder)
 
@@ -106,13 +106,13 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
         assert "--dataset" in message
     run(monkeypatch, evaluate.main, made, "--nll-samples=2", "--dataset", moved)
     run(monkeypatch, train.main, "--resume", made, "--epochs=4", "--dataset", moved)
-    assert utils.load_checkpoint(made)[1]["epoch"] == 4
+    assert runs.load_checkpoint(made)[1]["epoch"] == 4
 
     # A run takes no other images than those it was trained on, but evaluation does if they are named
     draw_picture(0, 255, (30, 30)).save(moved / "circle" / "new.png")
     assert "other images" in fails(train.main, "--resume", made, "--epochs=5")
     assert "other images" in fails(evaluate.main, made)
-    assert utils.load_checkpoint(made)[1]["epoch"] == 4
+    assert runs.load_checkpoint(made)[1]["epoch"] == 4
     run(monkeypatch, evaluate.main, made, "--nll-samples=1", "--dataset", moved)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import evaluate
 import pictures
+import runs
 import train
-import utils
 from assets.page import BROWSER, Browser, open_browser
 from data import ImageData, load_dataset
 from docs import make
@@ -613,7 +613,7 @@ def test_rounded_weights_cost_little(show: Callable[..., Browser]):
             ];
         })()"""),
     )
-    main, emoji = (utils.load_checkpoint(WEIGHTS / f"{name}.pt")[0] for name in ("default", "emoji"))
+    main, emoji = (runs.load_checkpoint(WEIGHTS / f"{name}.pt")[0] for name in ("default", "emoji"))
     with torch.no_grad():
         q = main.posterior(x)
         expected = kl_by_latent(q, main.prior()).sum(-1) - main.likelihood(q.mean).log_prob(x)
@@ -675,13 +675,13 @@ def test_command_writes_the_explorer(
     monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
     path = tmp_path / "default.pt"
     assert "other images" in fails(make.main, shutil.copy(WEIGHTS / path.name, path))
-    utils.save_checkpoint(path, utils.read_checkpoint(path) | {"checksum": few.checksum()})
+    runs.save_checkpoint(path, runs.read_checkpoint(path) | {"checksum": few.checksum()})
     monkeypatch.setattr("sys.argv", ["make.py", str(path)])
     make.main()
     page = (tmp_path / "default" / "explorer.html").read_text(encoding="utf-8")
     assert "mnist-5k, binarize dynamic, latent size 20, epoch 20" in page
-    vamp = utils.read_checkpoint(WEIGHTS / "vampprior.pt") | {"checksum": few.checksum()}
-    utils.save_checkpoint(tmp_path / "vampprior.pt", vamp)
+    vamp = runs.read_checkpoint(WEIGHTS / "vampprior.pt") | {"checksum": few.checksum()}
+    runs.save_checkpoint(tmp_path / "vampprior.pt", vamp)
     assert "prior" in fails(make.main, tmp_path / "vampprior.pt")
     assert not (tmp_path / "vampprior").exists()
 

@@ -37,7 +37,3 @@ def test_example(code: str, digits: ImageData, tmp_path: Path, monkeypatch: pyte
 def test_files_it_names_exist(page: Path):
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).exists(), link
-
-
-def test_it_can_be_read_in_a_quarter_of_an_hour():
-    assert len(README.split()) <= 2500

@@ -14,6 +14,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 import data
 import evaluate
+import runs
 import train
 import utils
 from data import ImageData
@@ -96,14 +97,14 @@ def test_elbo_terms_are_those_of_the_class_that_is_told(model: SemiSupervisedVAE
 
 def test_ten_images_of_each_class_are_labelled(few: ImageData):
     options = train.make_options(hidden_size=16, latent_size=2, likelihood="bernoulli")
-    chosen = semi_supervised.make_model(few, options).labelled.tolist()
+    chosen = SemiSupervisedVAE.for_data(few, options).labelled.tolist()
     labels = {tuple(x): y for x, y in zip(few.train_images.flatten(1).tolist(), few.train_labels.tolist(), strict=True)}
     assert [labels[tuple(x)] for x in chosen] == [y for y in range(10) for _ in range(10)]
     assert len(set(map(tuple, chosen))) == 100
 
 
 def test_other_labels_change_nothing(few: ImageData, tmp_path: Path):
-    model = semi_supervised.make_model(few, train.make_options(hidden_size=16, latent_size=2, likelihood="bernoulli"))
+    model = SemiSupervisedVAE.for_data(few, train.make_options(hidden_size=16, latent_size=2, likelihood="bernoulli"))
     hidden = [replace(few, train_labels=labels) for labels in (few.train_labels, (few.train_labels + 1) % 10)]
     runs = [
         train.train(dataset, copy.deepcopy(model), epochs=1, batch_size=100, out_dir=tmp_path)[2] for dataset in hidden
@@ -120,7 +121,7 @@ def errors(capsys: pytest.CaptureFixture) -> list[float]:
 def test_images_without_labels_help(few: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture):
     """The classifier of all images errs less than the one of the labelled images alone."""
     options = {"epochs": 20, "batch_size": 20, "lr": 3e-3, "beta": 3, "hidden_size": 64, "latent_size": 5}
-    model, _, _ = train.train(few, semi_supervised.make_model, **options, activation="silu", out_dir=tmp_path)
+    model, _, _ = train.train(few, SemiSupervisedVAE, **options, activation="silu", out_dir=tmp_path)
     semi_supervised.report(model, few)
     ours, alone = errors(capsys)
     assert ours < alone - 2
@@ -131,7 +132,7 @@ def test_command_prints_its_error(few: ImageData, tmp_path: Path, monkeypatch: p
     call(monkeypatch, "semi_supervised", *SMALL, "--out-dir", tmp_path, "--nll-samples=2")
     ours, alone = errors(capsys)
     assert 0 < alone < 100
-    call(monkeypatch, "semi_supervised", "--resume", utils.newest_run(tmp_path), "--nll-samples=2")  # finished
+    call(monkeypatch, "semi_supervised", "--resume", runs.newest_run(tmp_path), "--nll-samples=2")  # finished
     assert errors(capsys) == [ours, alone]
 
 
@@ -151,7 +152,7 @@ def test_is_refused(few: ImageData, change: dict, words: list[str], tmp_path: Pa
 
     @utils.command
     def main() -> None:
-        command(semi_supervised.make_model)
+        command(SemiSupervisedVAE)
 
     main.__module__ = "train"
     message = "is for --objective elbo, --likelihood bernoulli" if words else "two or more classes, with 10 or more"

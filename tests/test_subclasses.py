@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, Distribution, Independent, Laplace
 import evaluate
 import measure
 import pictures
+import runs
 import train
 import utils
 from data import ImageData
@@ -38,7 +39,7 @@ def fit(kind: type[VAE], data: ImageData, out_dir: Path, epochs: int, **options:
 
 
 def state(run: Path) -> dict[str, Tensor]:
-    checkpoint = utils.read_checkpoint(run)
+    checkpoint = runs.read_checkpoint(run)
     parts = ("model_state_dict", "training_weights")
     return {f"{part}.{name}": value for part in parts for name, value in checkpoint[part].items()}
 
@@ -70,7 +71,7 @@ def test_traced_is_eager_to_rounding(kind: type[VAE], small: ImageData, tmp_path
 def check_compiled(kind: type[VAE], small: ImageData, tmp_path: Path) -> None:
     options = {"objective": "iwae", "importance_samples": 3} if kind is TwoLayers else {}
     (_, eager), (_, compiled) = (fit(kind, small, tmp_path, 2, compile=c, **options) for c in (False, True))
-    assert utils.read_checkpoint(compiled)["options"]["compile"]
+    assert runs.read_checkpoint(compiled)["options"]["compile"]
     found, expected = state(compiled), state(eager)
     for name, value in expected.items():  # Adam makes whole steps of tiny gradients, which are rounding
         assert (found[name] - value).norm() <= 0.02 * value.norm() + 1e-3, name
@@ -88,12 +89,12 @@ def test_two_processes_train_as_one(small: ImageData, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     run_ranks(2, fit_all, small)
     for kind, run in zip(KINDS, sorted(Path("runs").iterdir()), strict=True):
-        checkpoint = utils.read_checkpoint(run)
+        checkpoint = runs.read_checkpoint(run)
         assert checkpoint["class"].endswith(kind.__name__)
         _, alone = fit(kind, small, tmp_path / "alone", 2)
         losses, expected = (
             [row["test_loss"] for row in history]
-            for history in (checkpoint["history"], utils.read_checkpoint(alone)["history"])
+            for history in (checkpoint["history"], runs.read_checkpoint(alone)["history"])
         )
         assert losses == pytest.approx(expected, rel=0.05, abs=0.5)  # from other noise
 
@@ -172,13 +173,13 @@ def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path)
     expected = {"reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png", "manifold.png"}
     expected |= {"traversals.png"}
     assert names == expected | (set() if kind in WITHOUT_CLOSED_FORM else {"latent_usage.png"})
-    loaded, checkpoint = utils.load_checkpoint(run, kind())
+    loaded, checkpoint = runs.load_checkpoint(run, kind())
     assert not loaded.training
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert checkpoint["class"] == f"{kind.__module__}.{kind.__name__}"
     for wrong in (None, SmallVAE()):
         with pytest.raises(UserError, match=rf"{run}.*{kind.__name__}"):
-            utils.load_checkpoint(run, wrong)
+            runs.load_checkpoint(run, wrong)
 
 
 @kinds
@@ -346,7 +347,6 @@ def test_a_model_for_other_images_is_refused(small: ImageData, tmp_path: Path):
     for model, options, says in (
         (VAE(9, 16, 2), {}, "other images"),
         (SmallVAE(), {"hidden_size": 16}, "--hidden-size"),
-        (SmallVAE(), {"init": "burda2016"}, "--init"),
     ):
         with pytest.raises(UserError, match=says):
             train.train(small, model, **OPTIONS, **options, epochs=1, out_dir=tmp_path / "runs")
@@ -355,28 +355,32 @@ def test_a_model_for_other_images_is_refused(small: ImageData, tmp_path: Path):
 
 def test_another_class_called_vae_is_not_taken_for_it(small: ImageData, tmp_path: Path):
     other = type("VAE", (VAE,), {})(SIZE, 16, 2)
-    checkpoint = {"model": other.config, "model_state_dict": other.state_dict(), "class": utils.class_name(type(other))}
-    utils.save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
-    utils.load_checkpoint(tmp_path, other)
+    checkpoint = {"model": other.config, "model_state_dict": other.state_dict(), "class": runs.class_name(type(other))}
+    runs.save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
+    runs.load_checkpoint(tmp_path, other)
     with pytest.raises(UserError, match="class"):
-        utils.load_checkpoint(tmp_path)
+        runs.load_checkpoint(tmp_path)
 
 
-def test_a_made_model_and_one_in_place_are_trained_alike(small: ImageData, tmp_path: Path):
-    """model may be a function of the data and the options, a class, or a model, which is trained itself."""
-    seen = []
+class Made(VAE):
+    """Is made for a data set in a way of its own."""
 
-    def make(dataset: ImageData, options) -> VAE:
-        seen.append((dataset, options.hidden_size))
-        return train.make_vae(dataset, options)
+    @classmethod
+    def for_data(cls, dataset: ImageData, options: train.Options) -> "Made":
+        model = super().for_data(dataset, options)
+        model.shade = dataset.train_images.float().mean().item()
+        return model
 
+
+def test_a_class_is_made_for_the_data_and_a_model_is_trained_itself(small: ImageData, tmp_path: Path):
     options = OPTIONS | {"epochs": 1, "out_dir": tmp_path}
     sizes = {"hidden_size": 16, "latent_size": 2}
-    runs = [train.train(small, model, **options, **sizes)[2] for model in (make, VAE, None)]
-    assert seen == [(small, 16)]
-    for run in runs[1:]:
-        assert all(torch.equal(state(run)[name], value) for name, value in state(runs[0]).items())
+    made, _, first = train.train(small, Made, **options, **sizes)
+    assert made.shade == small.train_images.float().mean().item()
+    for kind in (VAE, None):
+        _, _, run = train.train(small, kind, **options, **sizes)
+        assert all(torch.equal(state(run)[name], value) for name, value in state(first).items())
     mine = SmallVAE()
     returned, _, run = train.train(small, mine, **options)
     assert returned is mine
-    assert utils.read_checkpoint(run)["options"]["hidden_size"] == 16
+    assert runs.read_checkpoint(run)["options"]["hidden_size"] == 16

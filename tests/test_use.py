@@ -12,8 +12,8 @@ from PIL import Image
 import evaluate
 import measure
 import pictures
+import runs
 import train
-import utils
 from benchmarks import outliers
 from data import ImageData
 from evaluate import sample_images
@@ -73,7 +73,7 @@ def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
 def test_samples_of_one_class(few: ImageData, tmp_path: Path, call: Callable, fails: Callable):
     """evaluate.py finds the classes of the experiments."""
     torch.manual_seed(0)
-    model, _, run = train.train("mnist-5k", conditional.make_model, **QUICK, out_dir=tmp_path)
+    model, _, run = train.train("mnist-5k", conditional.ConditionalVAE, **QUICK, out_dir=tmp_path)
     call(run, "--samples", 20, "--label", "3")
     call(run, "--samples", 20, "--out-dir", tmp_path / "all")
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def test_temperature(fails: Callable, tmp_path: Path):
     torch.manual_seed(3)
     expected = model.decode(0.5 * torch.randn(500, 2))
     torch.testing.assert_close(sample_images(model, y, 0.5, seed=3), expected)
-    _, _, run = train.train("mnist-5k", vampprior.make_model, **QUICK, out_dir=tmp_path)
+    _, _, run = train.train("mnist-5k", vampprior.VampVAE, **QUICK, out_dir=tmp_path)
     assert "normal prior" in fails(evaluate.main, run, "--samples", 2, "--temperature", 0.5)
 
 
@@ -138,18 +138,21 @@ def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Pat
 def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypatch: pytest.MonkeyPatch):
     for options in ({}, {"lr": 0.003}, {"lr": 0.003, "seed": 1}):
         train.train("mnist-5k", **QUICK | options, out_dir=tmp_path)
-    runs, figures = sorted(tmp_path.iterdir()), []
+    folders = sorted(tmp_path.iterdir())
+    figures = []
     save = pictures.save_figure
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
-    call("--compare", *runs, "--out-dir", tmp_path / "pictures")
+    call("--compare", *folders, "--out-dir", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "compared.png").stat().st_size > 10_000
     (legend,) = figures[0].legends
     names = [text.get_text() for text in legend.get_texts()]
     ends = ("lr 0.0015, seed 0", "lr 0.003, seed 0", "lr 0.003, seed 1")
-    assert names == [f"{run.name}: {end}" for run, end in zip(runs, ends, strict=True)]
-    history = utils.read_checkpoint(runs[1])["history"]
+    assert names == [f"{run.name}: {end}" for run, end in zip(folders, ends, strict=True)]
+    history = runs.read_checkpoint(folders[1])["history"]
     assert figures[0].axes[0].lines[1].get_ydata().tolist() == [row["test_loss"] for row in history]
-    assert "no history" in fails(evaluate.main, "--compare", runs[0], Path(evaluate.__file__).parent / "weights/2d.pt")
+    assert "no history" in fails(
+        evaluate.main, "--compare", folders[0], Path(evaluate.__file__).parent / "weights/2d.pt"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, ca
     numbers = [int(name.removesuffix(".png").rpartition("/")[2]) for name in arrays["name"]]
     assert sorted(numbers) == list(range(25))
     assert arrays["label"].tolist() == [("abc" if kind == "folder" else "012")[i % 3] for i in numbers]
-    model = utils.load_checkpoint(run)[0].requires_grad_(False)
+    model = runs.load_checkpoint(run)[0].requires_grad_(False)
     _, _, mu = model.encode(torch.from_numpy(images[numbers]) / 255)  # each row is of the image that it names
     torch.testing.assert_close(torch.from_numpy(arrays["mu"]), mu, atol=1e-5, rtol=1e-4)
     np.savez(tmp_path / "small.npz", images=images[:, :9, :9])

@@ -8,7 +8,7 @@ from torch.distributions import Bernoulli
 
 import hubconf
 import measure
-import utils
+import runs
 from data import ImageData, binarize_test_set
 from docs import make
 from utils import UserError
@@ -40,7 +40,7 @@ def test_compresses_emoji_that_it_has_not_seen():
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
 def test_the_file_holds_what_evaluation_needs(path: Path):
-    checkpoint = utils.read_checkpoint(path)
+    checkpoint = runs.read_checkpoint(path)
     assert all(tensor.dtype == torch.float16 for tensor in checkpoint["model_state_dict"].values())
     assert checkpoint.keys() == {"model", "class", "options", "checksum", "epoch", "model_state_dict"}
     assert checkpoint["options"].get("hold_out", 0) == 0

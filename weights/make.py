@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import runs
 import utils
 from evaluate import evaluate, open_test_data
 
@@ -26,13 +27,13 @@ def main() -> None:
     path = Path(__file__).parent / f"{args.name}.pt"
     if path.exists():
         raise utils.UserError(f"{path} exists: delete it first")
-    whole, checkpoint = utils.load_checkpoint(args.run)
+    whole, checkpoint = runs.load_checkpoint(args.run)
     if missing := [name for name in KEPT if name not in checkpoint]:
         raise utils.UserError(f"{args.run} is not a run of train.py: it lacks {', '.join(missing)}")
     options, halved = checkpoint["options"], copy.deepcopy(whole)
     half = {name: tensor.half() for name, tensor in checkpoint["model_state_dict"].items()}
     halved.load_state_dict(half)
-    dataset = open_test_data(whole, checkpoint, utils.checkpoint_path(args.run), args.data_dir)
+    dataset = open_test_data(whole, checkpoint, runs.checkpoint_path(args.run), args.data_dir)
     before, after = (
         evaluate(model, dataset.test_images, options["binarize"], labels=dataset.test_labels)
         for model in (whole, halved)
@@ -44,7 +45,7 @@ def main() -> None:
     place = Path(options["dataset"])  # of images of one's own; not where this machine keeps the repository
     if place.is_relative_to(ROOT):
         options["dataset"] = place.relative_to(ROOT).as_posix()
-    utils.save_checkpoint(path, {name: checkpoint[name] for name in KEPT} | {"model_state_dict": half})
+    runs.save_checkpoint(path, {name: checkpoint[name] for name in KEPT} | {"model_state_dict": half})
     figures = ", ".join(f"{name} {after[name]:.2f}" for name in dict.fromkeys(("neg_elbo", loss)))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {figures}; half precision moves {loss} by {cost:.4f} nats")
 

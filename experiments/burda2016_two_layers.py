@@ -1,0 +1,32 @@
+"""Two layers of latents as in Burda et al. 2016 (arXiv 1509.00519), table 1: two_layers.py and burda2016.py in one.
+
+    python experiments/burda2016_two_layers.py --nll-samples 5000
+    python experiments/burda2016_two_layers.py --objective iwae --importance-samples 5
+
+z1 has 100 of the 150 latents.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+from data import ImageData
+from experiments.burda2016 import SIZES, TRAINING, initialize, learning_rate
+from experiments.two_layers import TwoLayerVAE
+from options import Options
+
+
+class BurdaTwoLayerVAE(TwoLayerVAE):
+    """A TwoLayerVAE with the paper's initial weights."""
+
+    @classmethod
+    def for_data(cls, dataset: ImageData, options: Options) -> "BurdaTwoLayerVAE":
+        model = super().for_data(dataset, options)
+        initialize(model, dataset.train_images.flatten(1))
+        return model
+
+
+if __name__ == "__main__":
+    train.main(BurdaTwoLayerVAE, __doc__, learning_rate=learning_rate, latent_size=150, **SIZES, **TRAINING)

@@ -1,0 +1,226 @@
+"""Run folders and checkpoints: where a run's results are, and how they are written and read again."""
+
+import contextlib
+import errno
+import importlib
+import io
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import DATASETS, ImageData
+from model import VAE
+from utils import UserError, one_line
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Replaces a file atomically, so a crash leaves either the old or the new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            sync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk does not say so itself
+        raise
+
+
+def sync(descriptor: int) -> None:
+    """Waits until a file is on the disk, if its file system can say so. Raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network mounts do
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Saves a dict of tensors and plain Python values atomically. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads the checkpoint of a run or a file to the CPU. Runs no code in it. Raises UserError if it is damaged."""
+    path = checkpoint_path(path)
+    data = path.read_bytes()
+    try:
+        if data[:4] == b"PK\3\4":  # files of old versions of PyTorch have no checksums
+            archive = zipfile.ZipFile(io.BytesIO(data))
+            if sum(member.file_size for member in archive.infolist()) > len(data) or archive.testzip():
+                raise ValueError("it is compressed, or a checksum is wrong")
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch.load does not document what it raises for a damaged file
+        raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
+    if not isinstance(checkpoint, dict) or not {"model", "model_state_dict"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this VAE: it has no model and model_state_dict")
+    return checkpoint
+
+
+def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, dict[str, Any]]:
+    """Loads the checkpoint of a run folder or a file. Returns the model, in eval mode, and the checkpoint's dict.
+
+    The checkpoint of a subclass of your own needs a `model` of that class to load into. A file needs only model and
+    model_state_dict, as the repository that this one grew from wrote them. Raises UserError if the file is damaged or
+    does not fit the model.
+    """
+    path = checkpoint_path(path)
+    checkpoint = read_checkpoint(path)
+    return load_weights(checkpoint, path, model), checkpoint
+
+
+def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = None) -> VAE:
+    """Does what load_checkpoint does, for a checkpoint that has been read."""
+    name = checkpoint.get("class", "VAE")
+    config = checkpoint["model"]
+    weights = checkpoint["model_state_dict"]
+    is_new = model is None
+    try:
+        kind = find_class(name) if is_new else type(model)
+        # The module's name does not count, because a module may be run as __main__ or imported
+        if name.rpartition(".")[2] != class_name(kind).rpartition(".")[2] or ("." in name) == (kind is VAE):
+            class_of_file = name.rpartition(".")[2]
+            raise UserError(
+                f"{path} is of the class {name}, not {class_name(kind)}: run its script with --resume, or "
+                f"load_checkpoint(path, model={class_of_file}(...))"
+            )
+        if is_new:
+            if max(config.get("encoder_layers", 1), config.get("decoder_layers", 1)) > len(weights):
+                raise ValueError("it has fewer weights than layers")
+            with torch.device("meta"):  # takes no memory, however large the file says the model is
+                model = kind(**config)
+        for key in sorted(config.keys() & model.config.keys()):
+            if config[key] != model.config[key]:
+                raise ValueError(f"its {key} is {config[key]}, not {model.config[key]}")
+        like = model.state_dict()
+        check_tensors(weights, like)
+        model.load_state_dict({name: weights[name].to(like[name].dtype) for name in like}, assign=is_new)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)[:200]}") from error
+    return model.eval()
+
+
+def find_class(name: str) -> type[VAE]:
+    """The class in experiments/ that a checkpoint names, or else VAE. Imports no other class that a file names."""
+    name = name.rpartition(".")[2]
+    for path in sorted((Path(__file__).parent / "experiments").glob("*.py")):
+        if re.search(rf"^class {re.escape(name)}\(\w*VAE\):", path.read_text(encoding="utf-8"), re.MULTILINE):
+            return getattr(importlib.import_module(f"experiments.{path.stem}"), name)
+    return VAE
+
+
+def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the tensors have the names, shapes and kinds of `like`."""
+    if others := like.keys() ^ tensors.keys():
+        raise ValueError(f"unexpected or missing tensors: {', '.join(sorted(map(str, others)))}")
+    for name, tensor in tensors.items():
+        # A tensor that is not contiguous may repeat one value, and so claim any size
+        is_whole = isinstance(tensor, Tensor) and tensor.is_contiguous() and not tensor.is_meta
+        shape, dtype = like[name].shape, like[name].dtype
+        if not is_whole or tensor.shape != shape or tensor.is_floating_point() != dtype.is_floating_point:
+            raise ValueError(f"its {name} is not a tensor of shape {tuple(shape)} and type {dtype}")
+
+
+def class_name(kind: type[VAE]) -> str:
+    """How a checkpoint names its class: VAE, or a subclass with its module."""
+    return "VAE" if kind is VAE else f"{kind.__module__}.{kind.__qualname__}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def checkpoint_path(run: str | Path) -> Path:
+    """The checkpoint of a run folder, of the newest run in a folder of runs, or the file itself.
+
+    Raises UserError if there is none.
+    """
+    path = Path(run)
+    if path.is_dir():
+        path = (path if (path / "checkpoint.pt").is_file() else newest_run(path)) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: train one with python train.py")
+    return path
+
+
+def newest_run(out_dir: str | Path) -> Path:
+    """The run folder with the highest number that has a checkpoint, and so has finished an epoch.
+
+    Says so if a newer run has none. Raises UserError if there is no such run, or if a copy has the same number.
+    """
+    runs = sorted(numbered_runs(Path(out_dir)), reverse=True)
+    finished = [(number, run) for number, run in runs if (run / "checkpoint.pt").is_file()]
+    if not finished:
+        raise UserError(
+            f"no checkpoint at {out_dir}, nor in a run there: a run writes its first after an epoch; train one with "
+            "python train.py"
+        )
+    newest, *copies = sorted(run for number, run in finished if number == finished[0][0])
+    if copies:
+        raise UserError(f"{newest} and {copies[0]} have the same number: name the one you mean")
+    if runs[0][0] > finished[0][0]:
+        print(f"{runs[0][1]} has not finished an epoch yet; taking {newest}", file=sys.stderr)
+    return newest
+
+
+def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
+    """Makes out_dir/NNN-dataset-zLATENT, numbered after the highest there is. Raises OSError."""
+    out_dir = Path(out_dir)
+    dataset = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]', "_", dataset)[:60]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    while True:
+        number = 1 + max((number for number, _ in numbered_runs(out_dir)), default=0)
+        claim = out_dir / f"{number:03d}"
+        with contextlib.suppress(FileExistsError):  # only one of several runs that start at once makes this folder
+            claim.mkdir()
+            if [run for taken, run in numbered_runs(out_dir) if taken == number] == [claim]:
+                return claim.rename(f"{claim}-{dataset}-z{latent_size}")
+            claim.rmdir()
+
+
+def numbered_runs(out_dir: Path) -> list[tuple[int, Path]]:
+    """The folders in out_dir whose names begin with a number, and these numbers."""
+    runs = out_dir.iterdir() if out_dir.is_dir() else ()
+    return [(int(match[1]), run) for run in runs if (match := re.match(r"(\d+)(-|$)", run.name))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's images
+
+
+def check_place(name: str, path: Path) -> None:
+    """Raises UserError if the images that a checkpoint was trained on are no longer where they were."""
+    if name not in DATASETS and not Path(name).exists():
+        raise UserError(
+            f"{path} was trained on {name}, which does not exist now: make them again, or name their new place, or "
+            "other images, with --dataset"
+        )
+
+
+def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
+    """Raises UserError if a run was trained on other images, perhaps on those it would be tested on now."""
+    checksum = dataset.checksum()
+    if checkpoint.get("checksum", checksum) != checksum:
+        raise UserError(
+            f"{path} was trained on other images than those now in {dataset.name}: pass its own data, or evaluate it "
+            "on another data set by naming one (--dataset)"
+        )
