@@ -533,7 +533,7 @@ def test_pictures_at_powers_of_two_and_the_end(seconds: float, expected: list[in
     drawn = []
     clock = iter(range(10**6))
     monkeypatch.setattr(train, "draw", lambda run, _: drawn.append(len(run.checkpoint["history"])))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 1e-3 + seconds * next(clock))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: (seconds + 1e-3) * next(clock))
     train.train(**SMALL, epochs=6, out_dir=str(tmp_path))
     assert drawn == expected
 
