@@ -255,10 +255,7 @@ def train(
     check_kind("auto" if dataset is None else dataset)
     if on_epoch:  # the wrong arguments would otherwise be noticed only after an epoch
         inspect.signature(on_epoch).bind(None, [])
-    # Adam's moments of pixels that are almost never on decay to numbers below 1e-38, which a CPU multiplies many times
-    # slower than others. This must happen before PyTorch starts its threads, which inherit it.
-    torch.set_flush_denormal(True)
-    Distribution.set_default_validate_args(False)  # validation waits for a GPU and stops compilation
+    set_up_pytorch()
     run = reopen_run(resume, dataset, model, options) if resume else start_run(dataset, model, options)
     options = run.options
     history = run.checkpoint["history"]
@@ -266,13 +263,7 @@ def train(
     device = utils.choose_device(options.device)
     images, labels = training_images(run.dataset, options.mirror, device)
     test_set = measure.make_test_set(run.dataset, options.binarize, device)
-    average = run.model.to(device).eval()  # is tested, drawn and kept
-    model = copy.deepcopy(average) if options.average else average  # is trained
-    model.load_state_dict(run.checkpoint["training_weights"])
-    utils.broadcast(model.state_dict().values())
-    adam = Adam(model.parameters(), options.lr, options.adam_eps)
-    if history:
-        adam.load_state_dict(run.checkpoint["optimizer_state_dict"])
+    average, model, adam = restore(run, device)
     checksum = run.dataset.checksum()
     is_likelihood = measure.is_likelihood(average, test_set)
     if rank == 0:
@@ -328,6 +319,14 @@ def resume(
     both were compiled or neither was. Returns and raises as train does.
     """
     return train(dataset, model, on_epoch, resume=run, **changes)
+
+
+def set_up_pytorch() -> None:
+    """Settings of the whole process that training needs."""
+    # Adam's moments of pixels that are almost never on decay to numbers below 1e-38, which a CPU multiplies many times
+    # slower than others. This must happen before PyTorch starts its threads, which inherit it.
+    torch.set_flush_denormal(True)
+    Distribution.set_default_validate_args(False)  # validation waits for a GPU and stops compilation
 
 
 @dataclass(frozen=True)
@@ -401,6 +400,21 @@ def reopen_run(
     for unfinished in path.parent.glob(".*.part"):  # left by a killed process
         unfinished.unlink(missing_ok=True)
     return Run(options.resolve(dataset, model), dataset, model, path.parent, checkpoint)
+
+
+def restore(run: Run, device: torch.device) -> tuple[VAE, VAE, Adam]:
+    """Returns the model that is tested, drawn and kept, the one that is trained, and Adam, as the run has left them.
+
+    The first holds the running average of the second's weights. With --no-average they are one and the same.
+    """
+    average = run.model.to(device).eval()
+    model = copy.deepcopy(average) if run.options.average else average
+    model.load_state_dict(run.checkpoint["training_weights"])
+    utils.broadcast(model.state_dict().values())
+    adam = Adam(model.parameters(), run.options.lr, run.options.adam_eps)
+    if run.checkpoint["history"]:
+        adam.load_state_dict(run.checkpoint["optimizer_state_dict"])
+    return average, model, adam
 
 
 def make_model(model: VAE | type[VAE], dataset: ImageData, options: Options) -> VAE:
