@@ -18,7 +18,7 @@ from utils import UserError, one_line, rank_and_ranks
 
 NLL_SAMPLES = 100
 # How many images and samples nll takes at once: on a CPU, logits that fit its cache; on a GPU, enough to fill it
-BLOCKS = {False: (50, 20), True: (1000, 100)}
+BLOCKS = {"cpu": (50, 20), "mps": (50, 20), "cuda": (1000, 100)}
 
 
 class Examples(NamedTuple):
@@ -94,7 +94,7 @@ def estimate_nll(
     torch.manual_seed(seed)
     torch.empty(30 * 2**18)  # after 30 MB are freed, glibc no longer returns memory that is about to be needed again
     device, nll = test_set.inputs.device, []
-    batch_size, samples = BLOCKS[device.type == "cuda"]
+    batch_size, samples = BLOCKS[device.type]
     weigh = weigh or make_weigh(model, test_set, len(test_set.labels), num_samples)
     batches = list(zip(*(part.split(batch_size) for part in test_set), strict=True))
     with matmul_precision(nll_precision(device), device):
@@ -119,7 +119,7 @@ def make_weigh(model: VAE, test_set: Examples, num_images: int, num_samples: int
     test_set serves as the example, and num_images are to come. The model's weights must not change afterwards.
     """
     device = test_set.inputs.device
-    batch_size, samples = BLOCKS[device.type == "cuda"]
+    batch_size, samples = BLOCKS[device.type]
 
     def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
         return model.log_importance_weights(q, p, targets, samples, y).logsumexp(0)
@@ -139,7 +139,7 @@ def make_weigh(model: VAE, test_set: Examples, num_images: int, num_samples: int
 
 def nll_precision(device: torch.device) -> str:
     """The precision of an estimate of nll's products."""
-    return choose_precision(device, math.prod(BLOCKS[device.type == "cuda"]), is_compiled=False)
+    return choose_precision(device, math.prod(BLOCKS[device.type]), is_compiled=False)
 
 
 @in_eval_mode

@@ -354,7 +354,7 @@ def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     model = make_vae(dataset, args).to(args.device).requires_grad_(False)
     test_set = measure.Examples(*data.binarize_test_set(images.to(args.device), "dynamic"), labels.to(args.device))
     device = torch.device(args.device)
-    rows = math.prod(measure.BLOCKS[device.type == "cuda"])
+    rows = math.prod(measure.BLOCKS[device.type])
     precision = measure.nll_precision(device)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     weights = [layer.weight.to(dtype) for layer in model.decoder.children()]

@@ -112,7 +112,7 @@ def test_scaling(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
-    monkeypatch.setattr(throughput.measure, "BLOCKS", {False: (100, 100)})  # fewer and larger ones are sooner done
+    monkeypatch.setattr(throughput.measure, "BLOCKS", {"cpu": (100, 100)})  # fewer and larger ones are sooner done
     compiled, make = [], throughput.measure.compile_checked
     monkeypatch.setattr(
         throughput.measure, "compile_checked", lambda *args, **how: compiled.append(args) or make(*args, **how)
