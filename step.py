@@ -193,9 +193,8 @@ class Steps:
 
     def compile(self, *example: Tensor) -> None:
         """Compiles the step for batches of the example's size. Others are taken as written."""
-        example = tuple(
-            tensor[:] for tensor in example
-        )  # inputs and targets may be one tensor, but later are two views
+        # Inputs and targets may be one tensor here, but are two views when training calls the program
+        example = tuple(tensor[:] for tensor in example)
         tqdm.write("compiling the training step, which takes up to half a minute (--no-compile skips it)")
         sys.stdout.flush()
 

@@ -250,7 +250,7 @@ def train(
     bad value, and OSError if the run folder cannot be written. Seeds PyTorch's generators, flushes denormals, and turns
     off the validation of distributions' arguments.
 
-    With resume, the folder of a run, it is continued as the function resume does.
+    If resume is the folder of a run, that run continues, as the function resume describes.
     """
     check_kind("auto" if dataset is None else dataset)
     if on_epoch:  # the wrong arguments would otherwise be noticed only after an epoch
@@ -352,10 +352,8 @@ def start_run(dataset: str | Path | ImageData | None, model: VAE | type[VAE] | N
     if not isinstance(dataset, ImageData):
         channels = 1 if options.grayscale else None
         dataset = load_dataset(options.dataset, options.data_dir, options.image_size, options.hold_out, channels)
-        is_path = options.dataset not in DATASETS
-        options = dataclasses.replace(
-            options, dataset=str(Path(options.dataset).resolve()) if is_path else dataset.name
-        )
+        place = dataset.name if options.dataset in DATASETS else str(Path(options.dataset).resolve())
+        options = dataclasses.replace(options, dataset=place)
     elif options.hold_out:
         dataset = dataset.hold_out(options.hold_out)
     options = options.resolve(dataset)
