@@ -9,7 +9,6 @@ import socket
 import sys
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import UserError, one_line, rank_and_ranks
+from utils import UserError, one_line, raise_unless_damaged, rank_and_ranks
 
 BINARIZED_DATASETS = ("mnist", "mnist-5k", "fashion-mnist", "kmnist", "emnist-digits")  # by default
 DATASETS = ("auto", *BINARIZED_DATASETS, "cifar10", "svhn")
@@ -97,13 +96,15 @@ class ImageData:
         parts = [part[side] for side in order.split([num_left, n]) for part in (self.train_images, self.train_labels)]
         return ImageData(self.name, self.classes, *parts, num_held_out=n)
 
-    def checksum(self) -> int:
-        """CRC-32 of the images and their shapes, which detects changed data."""
-        checksum = 0
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of the images and their shapes, and of the labels, which detect changed data."""
+        of_images = of_labels = 0
         for images in (self.train_images, self.test_images):
-            checksum = zlib.crc32(repr(tuple(images.squeeze(1).shape)).encode(), checksum)
-            checksum = zlib.crc32(images.cpu().contiguous().numpy(), checksum)
-        return checksum
+            of_images = zlib.crc32(repr(tuple(images.squeeze(1).shape)).encode(), of_images)
+            of_images = zlib.crc32(images.cpu().contiguous().numpy(), of_images)
+        for labels in (self.train_labels, self.test_labels):
+            of_labels = zlib.crc32(labels.cpu().contiguous().numpy(), of_labels)
+        return {"checksum": of_images, "labels_checksum": of_labels}
 
 
 def load_dataset(
@@ -123,23 +124,25 @@ def load_dataset(
     """
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
-    arguments = name, Path(data_dir), image_size or 28, hold_out, channels
+
+    def load() -> ImageData:
+        if name in DATASETS:
+            data = load_named(name, Path(data_dir), hold_out)
+        else:
+            data = load_path(Path(name), image_size or 28, channels)
+        train_images = to_channels(data.train_images, channels)
+        test_images = to_channels(data.test_images, channels)
+        return replace(data, train_images=train_images, test_images=test_images).hold_out(hold_out)
+
     if rank_and_ranks()[1] == 1:
-        return _load(*arguments)
+        return load()
     group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     is_first = os.environ["LOCAL_RANK"] == "0"  # on this machine, so it downloads for the others
     for turn in (True, False):
         if is_first == turn:
-            dataset = _load(*arguments)
+            dataset = load()
         dist.barrier(group)
     return dataset
-
-
-def _load(name: str, data_dir: Path, image_size: int, hold_out: int, channels: int | None) -> ImageData:
-    """Does load_dataset's work in one process."""
-    data = _load_named(name, data_dir, hold_out) if name in DATASETS else _load_path(Path(name), image_size, channels)
-    images = {part: to_channels(getattr(data, part), channels) for part in ("train_images", "test_images")}
-    return replace(data, **images).hold_out(hold_out)
 
 
 def check_kind(dataset: Any) -> None:
@@ -165,13 +168,13 @@ def channels_first(images: Tensor) -> Tensor | None:
     return images.contiguous() if images.dim() == 4 and images.shape[1] in (1, 3) else None
 
 
-def _load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
+def load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
     """Loads one of DATASETS. With hold_out, the training images may stand in the test set's place until held out."""
     if data_dir.exists() and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is a file, not a folder")
     if name != "mnist-5k":
         try:
-            return _load_from_torchvision("mnist" if name == "auto" else name, data_dir, hold_out)
+            return load_from_torchvision("mnist" if name == "auto" else name, data_dir, hold_out)
         except DataUnavailable as reason:
             if name == "mnist":
                 raise DataUnavailable(
@@ -179,8 +182,11 @@ def _load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
                 ) from reason
             if name != "auto":
                 raise
-            what = "Using mnist-5k, the bundled 5,000 + 1,000 digits; results differ from those on the full MNIST"
-            print(f"warning: {reason}. {what}", file=sys.stderr)
+            print(
+                f"warning: {reason}. Using mnist-5k, the bundled 5,000 + 1,000 digits; results differ from those on "
+                "the full MNIST",
+                file=sys.stderr,
+            )
     with np.load(MNIST_5K) as arrays:
         keys = ("train_images", "train_labels", "test_images", "test_labels")
         parts = [torch.from_numpy(arrays[key]) for key in keys]
@@ -191,29 +197,39 @@ def _load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
 # torchvision's data sets
 
 
-def _load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageData:
+def load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageData:
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another version of torch
-        reason = f"{name} needs torchvision, which fails to import ({one_line(error)})"
-        raise DataUnavailable(f"{reason}: pip install -r requirements.txt") from error
-    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
-    kinds |= {"emnist-digits": functools.partial(datasets.EMNIST, split="digits"), "cifar10": datasets.CIFAR10}
-    kind, shape = kinds.get(name, datasets.SVHN), (3, 32, 32) if name in ("cifar10", "svhn") else (1, 28, 28)
+        raise DataUnavailable(
+            f"{name} needs torchvision, which fails to import ({one_line(error)}): pip install -r requirements.txt"
+        ) from error
+    kinds = {
+        "mnist": datasets.MNIST,
+        "fashion-mnist": datasets.FashionMNIST,
+        "kmnist": datasets.KMNIST,
+        "emnist-digits": functools.partial(datasets.EMNIST, split="digits"),
+        "cifar10": datasets.CIFAR10,
+        "svhn": datasets.SVHN,
+    }
+    shape = (3, 32, 32) if name in ("cifar10", "svhn") else (1, 28, 28)
     tensors = []
     for train in (True, bool(hold_out)):  # with hold_out, the training images stand in the test set's place
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
         try:
-            part = _read_or_download(functools.partial(kind, **which), name, data_dir)
-            images, classes = channels_first(torch.as_tensor(part.data)), getattr(part, "classes", list("0123456789"))
+            part = read_or_download(functools.partial(kinds[name], **which), name, data_dir)
+            images = channels_first(torch.as_tensor(part.data))
+            classes = getattr(part, "classes", list("0123456789"))
             labels = torch.as_tensor(part.labels if name == "svhn" else part.targets)
             if images is None or images.shape != (len(labels), *shape) or not 0 <= labels.max() < len(classes):
                 raise ValueError
         except ImportError as error:
             raise DataUnavailable(f"{name} needs scipy ({one_line(error)}): pip install scipy") from error
         except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            how = "delete them, and the next run downloads them again"
-            raise UserError(f"the files of {name} in {data_dir} are damaged: {how}") from error
+            raise_unless_damaged(error)
+            raise UserError(
+                f"the files of {name} in {data_dir} are damaged: delete them, and the next run downloads them again"
+            ) from error
         if name == "emnist-digits":  # stored with rows and columns exchanged
             images = images.transpose(2, 3)
         tensors += [images.contiguous(), labels]
@@ -221,7 +237,7 @@ def _load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageDat
     return ImageData(name, classes, *tensors)
 
 
-def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -> Any:
+def read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -> Any:
     """Downloads only if files are missing, so that damaged files are reported as such.
 
     Downloads into a folder of its own and then moves the whole files, so several commands can start at once.
@@ -244,8 +260,9 @@ def _read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) 
         return construct(str(data_dir))
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of the last mirror
-        message = f"the folder {data_dir} has no intact copy of {name}, and the download failed ({reason})"
-        raise DataUnavailable(message) from error
+        raise DataUnavailable(
+            f"the folder {data_dir} has no intact copy of {name}, and the download failed ({reason})"
+        ) from error
     finally:
         socket.setdefaulttimeout(default_timeout)
 
@@ -266,38 +283,45 @@ class Pictures(NamedTuple):
 def read_pictures(path: Path, image_size: int, channels: int | None = None) -> Pictures:
     """Reads a folder or an .npz file. Arguments are load_dataset's. Raises UserError for other paths."""
     if path.is_dir():
-        pictures = _read_folder(path.resolve(), _printable(path.resolve().name), image_size, channels)
+        pictures = read_folder(path.resolve(), printable(path.resolve().name), image_size, channels)
     elif path.suffix == ".npz" and path.is_file():
-        pictures = _read_npz(path)
+        pictures = read_npz(path)
     else:
-        what = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
+        problem = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
         near = difflib.get_close_matches(str(path).lower(), DATASETS, 1)
         choices = f"choose from {', '.join(DATASETS)}, a folder of images or an .npz file"
-        raise UserError(f"--dataset {path} {what}: {f'did you mean {near[0]}?' if near else choices}")
+        raise UserError(f"--dataset {path} {problem}: {f'did you mean {near[0]}?' if near else choices}")
     return pictures._replace(images=to_channels(pictures.images, channels))
 
 
-def _load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
+def load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
     """Reads a folder or an .npz file. Sets about a tenth of the images aside for testing unless a folder is split."""
     images, labels, names, is_test = read_pictures(path, image_size, channels)
-    name = _printable(path.resolve().name if path.is_dir() else path.stem)
+    name = printable(path.resolve().name if path.is_dir() else path.stem)
     num_test = int(is_test.sum())
     if not 2 <= num_test <= len(images) - 2:
-        found = f"{len(images)} images, {num_test} of them for testing"
-        raise UserError(f"{path} holds {found}: training and testing need at least two each")
+        raise UserError(
+            f"{path} holds {len(images)} images, {num_test} of them for testing: training and testing need at least "
+            "two each"
+        )
     classes, labels = np.unique(labels, return_inverse=True)
     labels = torch.from_numpy(labels).long()
     parts = images[~is_test], labels[~is_test], images[is_test], labels[is_test]
     brightest = int(parts[0].max())
     if brightest < 64 and rank_and_ranks()[0] == 0:
-        how = "multiply by 255" if brightest == 1 else "scale them so that white is 255, or 65,535 in 16-bit pictures"
-        what = f"the training images of {name} are almost black: their brightest value is {brightest} of 255"
-        print(f"warning: {what}; {how}", file=sys.stderr)
+        remedy = (
+            "multiply by 255" if brightest == 1 else "scale them so that white is 255, or 65,535 in 16-bit pictures"
+        )
+        print(
+            f"warning: the training images of {name} are almost black: their brightest value is {brightest} of 255; "
+            f"{remedy}",
+            file=sys.stderr,
+        )
     test_names = [names[i] for i in is_test.nonzero().flatten().tolist()]
     return ImageData(name, list(map(str, classes)), *parts, test_names=test_names)
 
 
-def _choose_test_images(names: Iterable[bytes]) -> Tensor:
+def choose_test_images(names: Iterable[bytes]) -> Tensor:
     """Whether each image is for testing (N,): about a tenth, by a hash, so none changes sides when others are added."""
     hashes = torch.tensor([zlib.crc32(name) for name in names])
     is_test = hashes % 10 == 0
@@ -305,31 +329,31 @@ def _choose_test_images(names: Iterable[bytes]) -> Tensor:
     return is_test if is_balanced else hashes <= hashes.sort().values[:2].max()
 
 
-def _read_folder(folder: Path, name: str, size: int, channels: int | None) -> Pictures:
+def read_folder(folder: Path, name: str, size: int, channels: int | None) -> Pictures:
     """Reads a folder's pictures, whose class is `name` if it has no folders, and prints what it read."""
-    halves = _find_halves(folder)
-    found = [_find_pictures(half) for half in halves]
+    halves = find_halves(folder)
+    found = [find_pictures(half) for half in halves]
     classes = found[0] | found[-1]
     pictures = list(classes)
-    images = _read_pictures(pictures, size)
+    images = read_files(pictures, size)
     if rank_and_ranks()[0] == 0:
         colour = "in gray" if images.shape[1] == 1 else "converted to gray" if channels == 1 else "in colour"
-        how = f"{colour}, cropped square at the centre and resized to {size} x {size}"
-        others = sorted({*_find_files(folder)} - {*pictures, *halves})
-        patterns = Counter(path.with_name(f"*{path.suffix}" if path.suffix else path.name) for path in others)
-        examples = ", ".join(_printable(pattern.relative_to(folder)) for pattern, _ in patterns.most_common(3))
-        but = f"; {len(others):,} left out, such as {examples}" if others else ""
-        print(f"{_printable(folder)}: {len(images):,} pictures {how}{but}")
+        others = sorted({*find_files(folder)} - {*pictures, *halves})
+        left_out = f"; {len(others):,} other files left out, such as {printable(others[0].name)}" if others else ""
+        print(
+            f"{printable(folder)}: {len(images):,} pictures {colour}, cropped square at the centre and resized to "
+            f"{size} x {size}{left_out}"
+        )
     if len(halves) == 2:
         is_test = torch.arange(len(images)) >= len(found[0])
     else:
-        is_test = _choose_test_images(os.fsencode(path.relative_to(folder).as_posix()) for path in pictures)
-    names = [_printable(path.relative_to(folder).as_posix()) for path in pictures]
+        is_test = choose_test_images(os.fsencode(path.relative_to(folder).as_posix()) for path in pictures)
+    names = [printable(path.relative_to(folder).as_posix()) for path in pictures]
     no_class = "unlabelled" if any(classes.values()) else name  # the one if only one half of a split has classes
-    return Pictures(images, [_printable(label or no_class) for label in classes.values()], names, is_test)
+    return Pictures(images, [printable(label or no_class) for label in classes.values()], names, is_test)
 
 
-def _find_halves(folder: Path) -> list[Path]:
+def find_halves(folder: Path) -> list[Path]:
     """A folder's training and test (or else validation) folders, or the folder itself if it lacks one of them."""
     folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]
     by_kind = {match[1].lower(): path for path in folders if (match := SPLIT.fullmatch(path.name))}
@@ -337,51 +361,57 @@ def _find_halves(folder: Path) -> list[Path]:
     return [train, test] if train and test else [folder]
 
 
-def _find_pictures(folder: Path) -> dict[Path, str]:
+def find_pictures(folder: Path) -> dict[Path, str]:
     """A folder's pictures, at any depth, and the class of each: one of the folders in it, or "" if it has none."""
     kinds = Image.registered_extensions().items()
     suffixes = {suffix for suffix, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}
-    paths = [path for path in _find_files(folder) if path.suffix.lower() in suffixes]
+    paths = [path for path in find_files(folder) if path.suffix.lower() in suffixes]
     if not paths:
-        raise UserError(f"{_printable(folder)} is not a folder of images: it holds none that PIL reads")
+        raise UserError(f"{printable(folder)} is not a folder of images: it holds none that PIL reads")
     inside = [path.relative_to(folder).parts[:-1] for path in paths]  # the folders that each is in
     for path, folders in zip(paths, inside, strict=True):
         if any(map(SPLIT.fullmatch, folders)):
-            how = "--dataset must hold one folder for training and one for testing, or only classes"
-            raise UserError(f"{_printable(path.parent)} is named like part of a split, not like a class: {how}")
+            raise UserError(
+                f"{printable(path.parent)} is named like part of a split, not like a class: --dataset must hold one "
+                "folder for training and one for testing, or only classes"
+            )
         if not folders and any(inside):
-            what = f"folders, which would be classes, and images beside them, such as {_printable(path)}"
-            raise UserError(f"{_printable(folder)} holds {what}")
+            raise UserError(
+                f"{printable(folder)} holds folders, which would be classes, and images beside them, such as "
+                f"{printable(path)}"
+            )
     return {path: folders[0] if folders else "" for path, folders in zip(paths, inside, strict=True)}
 
 
-def _find_files(folder: Path) -> list[Path]:
+def find_files(folder: Path) -> list[Path]:
     """All files in a folder that are not hidden, at any depth, and links to folders, which are not followed."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path for path in paths if not HIDDEN.search(path.relative_to(folder).as_posix()))
 
 
-def _printable(name: str | Path) -> str:
+def printable(name: str | Path) -> str:
     """A file's name, with escapes for what is not UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _read_pictures(paths: list[Path], size: int) -> Tensor:
+def read_files(paths: list[Path], size: int) -> Tensor:
     """Reads images (N, 3, size, size), or (N, 1, size, size) if all are gray. Raises UserError for a damaged file."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     bar = tqdm(paths, "reading", unit=" images", leave=False, disable=True if rank_and_ranks()[0] else None)
     for image, path in zip(images, bar, strict=True):
         try:
             with Image.open(path) as picture:
-                image.copy_(torch.from_numpy(_to_square(picture, size)).permute(2, 0, 1))
+                image.copy_(torch.from_numpy(to_square(picture, size)).permute(2, 0, 1))
         except Exception as error:  # PIL does not document what it raises
-            what = f"{_printable(path)} is damaged or not an image ({one_line(error)})"
-            raise UserError(f"{what}: fix or remove it") from error
+            raise_unless_damaged(error)
+            raise UserError(
+                f"{printable(path)} is damaged or not an image ({one_line(error)}): fix or remove it"
+            ) from error
     is_gray = (images == images[:, :1]).all()
     return images[:, :1].contiguous() if is_gray else images
 
 
-def _to_square(picture: Any, size: int) -> np.ndarray:
+def to_square(picture: Any, size: int) -> np.ndarray:
     """A PIL image -> (size, size, 3) uint8, upright, on white where it is transparent."""
     picture.load()
     with contextlib.suppress(Exception):  # on invalid EXIF tags, PIL fails after it has turned the picture
@@ -395,12 +425,13 @@ def _to_square(picture: Any, size: int) -> np.ndarray:
     return np.array(ImageOps.fit(picture.convert("RGB"), (size, size)))
 
 
-def _read_npz(path: Path) -> Pictures:
+def read_npz(path: Path) -> Pictures:
     """Reads an .npz file's images. Without labels, their class is the file's name."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             arrays = {key: arrays[key] for key in ("images", "labels") if key in arrays}
     except Exception as error:  # numpy does not document what it raises for a damaged file
+        raise_unless_damaged(error)
         raise UserError(f"{path} is damaged, or not an .npz file of plain arrays ({one_line(error)})") from error
     if "images" not in arrays:
         raise UserError(f"{path} has no array named images")
@@ -409,21 +440,21 @@ def _read_npz(path: Path) -> Pictures:
     if images is None:
         shapes = "(N, H, W), (N, H, W, 3) or (N, 3, H, W)"
         raise UserError(f"{path}: images must be {shapes} of type uint8, not {array.shape} of type {array.dtype}")
-    labels = arrays.get("labels", np.full(len(images), _printable(path.stem)))
+    labels = arrays.get("labels", np.full(len(images), printable(path.stem)))
     if labels.shape != images.shape[:1]:
         raise UserError(f"{path}: labels must be ({len(images)},), one per image, not {labels.shape}")
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "backslashreplace")
     names = list(map(str, range(len(images))))
-    return Pictures(images, labels.tolist(), names, _choose_test_images(map(str.encode, names)))
+    return Pictures(images, labels.tolist(), names, choose_test_images(map(str.encode, names)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Binarization
 
 
-def binarize(
-    images: Tensor, mode: str, generator: torch.Generator | None = None, bits: Tensor | None = None
+def inputs_and_targets(
+    images: Tensor, binarize: str, generator: torch.Generator | None = None, bits: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turns uint8 images into float input and target, both in [0, 1] and of the same shape.
 
@@ -432,25 +463,27 @@ def binarize(
     is not a likelihood. Raises ValueError for another mode, and UserError as check_bytes does.
     """
     check_bytes(images, "images")
-    if mode == "dynamic":
+    if binarize == "dynamic":
         uniform = (draw_bits(images.shape, images.device, generator) if bits is None else bits) + 2.0**15
         sample = torch.empty(images.shape, device=images.device)
         torch.lt(uniform, images * (2**16 / 255), out=sample)  # 0 is never on, and 255 always
         return sample, sample
     gray = images / 255
-    if mode == "threshold":
+    if binarize == "threshold":
         return gray, (gray > 0.5).float()
-    if mode == "none":
+    if binarize == "none":
         return gray, gray
-    raise ValueError(f"mode must be one of {', '.join(BINARIZE)}, not {mode!r}")
+    raise ValueError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize!r}")
 
 
 def check_bytes(images: Any, what: str) -> None:
     """Raises UserError unless images are a tensor of bytes. Other types have no fixed value for white."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        how = "for x in [0, 1], use torch.as_tensor(255 * x).round().to(torch.uint8)"
-        raise UserError(f"{what} must be a tensor of bytes from 0 to 255 (torch.uint8), not {kind}: {how}")
+        raise UserError(
+            f"{what} must be a tensor of bytes from 0 to 255 (torch.uint8), not {kind}: for x in [0, 1], use "
+            "torch.as_tensor(255 * x).round().to(torch.uint8)"
+        )
 
 
 def draw_bits(shape: torch.Size, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -460,9 +493,3 @@ def draw_bits(shape: torch.Size, device: torch.device, generator: torch.Generato
     # The CPU's generator is slow, so each call makes 64 bits, for four pixels
     calls = torch.empty(-(-shape.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     return calls.view(torch.int16)[: shape.numel()].view(shape)
-
-
-def binarize_test_set(images: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Binarizes (N, ...) uint8 with one sample, the same in every run and on every device -> input, target (N, ...)."""
-    inputs, targets = binarize(images.cpu(), mode, torch.Generator().manual_seed(0))
-    return inputs.to(images.device), targets.to(images.device)

@@ -12,8 +12,9 @@ import io
 import json
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,25 +23,93 @@ from torch import Tensor
 import runs
 import utils
 from data import BINARIZE, DATASETS, ImageData, check_kind, load_dataset, read_pictures
-from measure import (
-    NLL_SAMPLES,
-    check_images,
-    compute_metrics,
-    encode_images,
-    in_eval_mode,
-    make_test_set,
-    usual_binarization,
-)
-from measure import evaluate as evaluate
+from measure import NLL_SAMPLES, check_images, evaluate, in_eval_mode, make_test_set, measure_all, usual_binarize
 from model import VAE, DiagonalNormal
 from pictures import describe, draw_all, draw_comparison, save_figure
 from utils import UserError
 
 
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run or a checkpoint file."""
+
+    path: Path  # of the checkpoint
+    checkpoint: dict[str, Any]
+    model: VAE
+    binarize: str
+    out_dir: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the run, without places. A checkpoint of the original repository has none."""
+        return self.checkpoint.get("options", {})
+
+    def test_data(
+        self, dataset: str | Path | ImageData | None = None, data_dir: str | Path = "data", hold_out: int | None = None
+    ) -> ImageData:
+        """The data set to evaluate on: by default the run's own, with the images that it held out.
+
+        Raises UserError if the images do not fit the model, or the run's own have changed.
+        """
+        check_kind("auto" if dataset is None else dataset)
+        is_the_runs = dataset is None and hold_out is None
+        if hold_out is None:
+            hold_out = 0 if isinstance(dataset, str | Path) else self.options.get("hold_out", 0)
+        if isinstance(dataset, ImageData):
+            data = dataset.hold_out(hold_out or dataset.num_held_out)
+        else:
+            name = str(dataset or self.options.get("dataset", "auto"))
+            if dataset is None:
+                runs.check_place(name, self.path)
+            image_size = self.image_size if name not in DATASETS and Path(name).is_dir() else None
+            data = load_dataset(name, data_dir, image_size, hold_out, self.model.config["channels"])
+        check_images(self.model, data)
+        if is_the_runs:
+            runs.check_same_images(self.checkpoint, data, self.path)
+        return data
+
+    @property
+    def image_size(self) -> int:
+        """The width and height of the model's images, if they are square."""
+        return math.isqrt(self.model.config["input_size"] // self.model.config["channels"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the model's images, which are taken for square in a checkpoint that does not say."""
+        square = self.model.config["channels"], self.image_size, self.image_size
+        return tuple(self.checkpoint.get("shape") or self.model.config.get("shape") or square)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the labels, which are numbers in a checkpoint that does not say."""
+        return self.checkpoint.get("classes") or list(map(str, range(self.model.config.get("num_classes", 1))))
+
+
+def open_run(
+    run: str | Path,
+    model: VAE | type[VAE] | None = None,
+    binarize: str | None = None,
+    device: str = "auto",
+    out_dir: str | Path | None = None,
+) -> OpenedRun:
+    """Loads a run or a checkpoint file. Arguments and errors are evaluate_run's."""
+    device = utils.choose_device(device)
+    path = runs.checkpoint_path(run)
+    model, checkpoint = runs.load_checkpoint(path, model)
+    model = model.to(device)
+    binarize = binarize or checkpoint.get("options", {}).get("binarize") or usual_binarize(model)
+    if binarize not in BINARIZE:
+        raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
+    if out_dir is None:
+        # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
+        out_dir = path.parent if path.name == "checkpoint.pt" else path.with_suffix("")
+    return OpenedRun(path, checkpoint, model, binarize, Path(out_dir))
+
+
 def evaluate_run(
     run: str | Path,
-    model: VAE | None = None,
-    dataset: str | ImageData | None = None,
+    model: VAE | type[VAE] | None = None,
+    dataset: str | Path | ImageData | None = None,
     data_dir: str | Path = "data",
     binarize: str | None = None,
     nll_samples: int = NLL_SAMPLES,
@@ -51,111 +120,53 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a run or a checkpoint file, writes metrics.json and the pictures, and prints and returns the metrics.
 
-    A checkpoint of a subclass of your own needs a `model` of that class. dataset, binarize and hold_out (0: the test
-    set) default to the run's, whose images must not have changed; hold_out to 0 if a data set is named. out_dir is the
-    run folder, or a folder FILE for FILE.pt. Raises UserError for a bad value or file, and OSError.
+    A checkpoint of a subclass of your own needs `model`, that class or an instance. Defaults are the run's own, and its
+    images must not have changed. Naming a data set selects its test set; so does hold_out=0. out_dir is the run folder,
+    or a folder FILE for FILE.pt. Raises UserError for a bad value or file, and OSError.
     """
     opened = open_run(run, model, binarize, device, out_dir)
-    model, binarize = opened.model, opened.binarize
-    dataset = open_test_data(model, opened.checkpoint, opened.path, data_dir, dataset, hold_out)
-    caption = describe(dataset, binarize, model, opened.checkpoint.get("epoch"))
+    model = opened.model
+    data = opened.test_data(dataset, data_dir, hold_out)
+    test_set = make_test_set(data, opened.binarize, next(model.parameters()).device)
+    epoch = opened.checkpoint.get("epoch")
+    caption = describe(model, data.name, opened.binarize, epoch, data.num_held_out)
     opened.out_dir.mkdir(parents=True, exist_ok=True)
-    test_set = make_test_set(dataset, binarize, utils.choose_device(device))
-    metrics = compute_metrics(model, test_set, binarize, nll_samples, seed)
-    metrics |= {"dataset": dataset.name, "hold_out": dataset.num_held_out, "binarize": binarize}
+    metrics = evaluate(model, test_set, nll_samples=nll_samples, seed=seed)
+    metrics |= {"dataset": data.name, "hold_out": data.num_held_out, "binarize": opened.binarize}
     print_metrics(metrics, f"{opened.path}: {caption}")
-    written = {name: value for name, value in metrics.items() if name != "nll_per_image"}
+    written = {name: value for name, value in metrics.items() if name != "per_image"}
     runs.write_atomically(opened.out_dir / "metrics.json", (json.dumps(written, indent=2) + "\n").encode())
-    for name, figure in draw_all(model, dataset, test_set, caption, metrics["nll_per_image"]):
+    for name, figure in draw_all(model, test_set, metrics["per_image"], caption):
         save_figure(figure, opened.out_dir / name)
         print(f"wrote {opened.out_dir / name}")
     return metrics
-
-
-class OpenedRun(NamedTuple):
-    """A run or a checkpoint file."""
-
-    path: Path
-    checkpoint: dict[str, Any]
-    model: VAE
-    binarize: str
-    out_dir: Path
-
-
-def open_run(
-    run: str | Path,
-    model: VAE | None = None,
-    binarize: str | None = None,
-    device: str = "auto",
-    out_dir: str | Path | None = None,
-) -> OpenedRun:
-    """Loads a run or a checkpoint file. Arguments and errors are evaluate_run's."""
-    device, path = utils.choose_device(device), runs.checkpoint_path(run)
-    model, checkpoint = runs.load_checkpoint(path, model)
-    model = model.to(device)
-    options = checkpoint.get("options", {})  # a checkpoint of the original repository has none
-    binarize = binarize or options.get("binarize") or usual_binarization(model)
-    if binarize not in BINARIZE:
-        raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
-    # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
-    out_dir = Path(out_dir or (path.parent if path.name == "checkpoint.pt" else path.with_suffix("")))
-    return OpenedRun(path, checkpoint, model, binarize, out_dir)
-
-
-def open_test_data(
-    model: VAE,
-    checkpoint: dict[str, Any],
-    path: Path,
-    data_dir: str | Path = "data",
-    dataset: str | ImageData | None = None,
-    hold_out: int | None = None,
-) -> ImageData:
-    """The data set to evaluate a checkpoint on: by default the run's own, with the images that it held out.
-
-    Raises UserError if the images do not fit the model, or the run's own have changed.
-    """
-    check_kind("auto" if dataset is None else dataset)
-    options, is_the_runs = checkpoint.get("options", {}), dataset is None and hold_out is None
-    if hold_out is None:
-        hold_out = 0 if isinstance(dataset, str | Path) else options.get("hold_out", 0)
-    if isinstance(dataset, ImageData):
-        dataset = dataset.hold_out(hold_out or dataset.num_held_out)
-    else:
-        name = str(dataset or options.get("dataset", "auto"))
-        image_size = image_size_of(model) if name not in DATASETS and Path(name).is_dir() else None
-        how = data_dir, image_size, hold_out, model.config["channels"]
-        if dataset is None:
-            runs.check_place(name, path)
-        dataset = load_dataset(name, *how)
-    check_images(model, dataset)
-    if is_the_runs:
-        runs.check_same_images(checkpoint, dataset, path)
-    return dataset
-
-
-def image_size_of(model: VAE) -> int:
-    """The width and height of a model's images, if they are square."""
-    return math.isqrt(model.config["input_size"] // model.config["channels"])
 
 
 def print_metrics(metrics: dict[str, Any], title: str) -> None:
     """Prints what evaluate returns."""
     print(f"{title}; {metrics['num_images']:,} {'held-out' if metrics.get('hold_out') else 'test'} images")
     if metrics["nll"] is None:
-        print("These figures are not likelihoods: some targets are outside the likelihood's support (gray pixels, say)")
+        print(
+            "These figures are not likelihoods: p(x|z) is a density, or some targets (gray, say) are not in its support"
+        )
     print(f"  neg_elbo        {metrics['neg_elbo']:8.2f} nats per image, standard error {metrics['neg_elbo_se']:.2f}")
     print(f"    reconstruction {metrics['reconstruction']:7.2f}")
     kls = sorted(metrics["kl_per_latent"] or [], reverse=True)
-    how = "by latent, sorted:" if kls else "estimated from one draw per image (no closed form available)"
-    print(f"    kl            {metrics['kl']:8.2f}, {how}")
+    by_latent = "by latent, sorted:" if kls else "estimated from one draw per image (no closed form available)"
+    print(f"    kl            {metrics['kl']:8.2f}, {by_latent}")
     for start in range(0, len(kls), 10):
         print(" " * 18 + " ".join(f"{kl:5.2f}" for kl in kls[start : start + 10]))
     if metrics["nll"] is not None:
-        how = f"standard error {metrics['nll_se']:.2f}, {metrics['nll_samples']:,} importance samples"
-        print(f"  nll             {metrics['nll']:8.2f} nats per image, {how}")
+        print(
+            f"  nll             {metrics['nll']:8.2f} nats per image, standard error {metrics['nll_se']:.2f}, "
+            f"{metrics['nll_samples']:,} importance samples, {metrics['effective_samples']:.1f} of them effective"
+        )
     if metrics["bits_per_dim"] is not None:
         print(f"  bits_per_dim    {metrics['bits_per_dim']:8.3f}, of nll")
     print(f"  active_units    {metrics['active_units']:8d} of {metrics['latent_size']} latents")
+    if metrics["active_units"] == 0 and metrics["nll"] is not None:
+        print("The posterior has collapsed: z says nothing about an image. nll is then lower than neg_elbo, because it")
+        print("averages likelihoods over draws of z, where neg_elbo averages their logarithms.")
 
 
 def save_encoded(
@@ -167,28 +178,38 @@ def save_encoded(
     nll_samples: int = NLL_SAMPLES,
     seed: int = 0,
 ) -> int:
-    """Writes an .npz file of encode_images of the test images, or of all images at a path -> their number.
+    """Writes an .npz file of what the model says about each test image, or each image at a path -> their number.
 
     The file also has the label of each image, and the names of images from a path. Raises UserError if it exists, or
     for bad images, and OSError.
     """
     if path.exists() or path.suffix != ".npz":
         raise UserError(f"--save {path} {'exists' if path.exists() else 'must end in .npz'}: name another file")
-    model, arrays = opened.model, {}
+    model = opened.model
     if dataset is None or dataset in DATASETS:
-        data = open_test_data(model, opened.checkpoint, opened.path, data_dir, dataset, hold_out)
-        images, y, classes = data.test_images, data.test_labels, data.classes
-        arrays |= {"name": np.array(data.test_names)} if data.test_names else {}
+        data = opened.test_data(dataset, data_dir, hold_out)
+        images, y, classes, names = data.test_images, data.test_labels, data.classes, data.test_names
     else:
-        pictures = read_pictures(Path(dataset), image_size_of(model), model.config["channels"])
+        pictures = read_pictures(Path(dataset), opened.image_size, model.config["channels"])
+        images, names = pictures.images, pictures.names
         classes, y = np.unique(pictures.labels, return_inverse=True)
-        images, y, arrays["name"] = pictures.images, torch.from_numpy(y).long(), np.array(pictures.names)
+        y = torch.from_numpy(y).long()
         if images[0].numel() != model.config["input_size"]:
             raise UserError(f"the model is for images of {model.config['input_size']} values, not {images[0].numel()}")
+    found = measure_all(model, images, y, opened.binarize, nll_samples, seed)
+    arrays = {
+        "mu": found.mu,
+        "logvar": found.logvar,
+        "neg_elbo": found.neg_elbo,
+        "nll": found.nll,
+        "effective_samples": found.effective_samples,
+    }
+    arrays = {name: values.float().numpy() for name, values in arrays.items() if values is not None}
     arrays["label"] = np.array([str(classes[i]) for i in y.tolist()])
-    encoded = encode_images(model, images, y, opened.binarize, nll_samples, seed)
+    if names:
+        arrays["name"] = np.array(names)
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, **{name: values.float().numpy() for name, values in encoded.items()})
+    np.savez(buffer, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_atomically(path, buffer.getbuffer())
     return len(images)
@@ -211,7 +232,7 @@ def sample_images(model: VAE, y: Tensor, temperature: float = 1.0, draw_pixels: 
     return likelihood.sample() if draw_pixels else likelihood.mean
 
 
-def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | None = None, **how: Any) -> Path:
+def write_samples(opened: OpenedRun, n: int, label: str | None = None, **how: Any) -> Path:
     """Writes n images from the prior, 00000.png and so on, into a new folder `samples`. `how` is sample_images'.
 
     They are of one class, by its name, or of all in turn. Raises UserError for an unknown label or an existing folder,
@@ -219,7 +240,8 @@ def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | No
     """
     from PIL import Image
 
-    classes, kind = dataset.classes, type(opened.model)
+    classes = opened.classes
+    kind = type(opened.model)
     if label is not None and kind.prior is VAE.prior and kind.likelihood is VAE.likelihood:
         raise UserError("--label is for a conditional model, which this is not")
     if label is not None and label not in classes:
@@ -229,7 +251,7 @@ def write_samples(opened: OpenedRun, dataset: ImageData, n: int, label: str | No
         raise UserError(f"{folder} exists: delete it, or name another --out-dir")
     y = torch.arange(n) % len(classes) if label is None else torch.full((n,), classes.index(label))
     images = sample_images(opened.model, y.to(next(opened.model.parameters()).device), **how)
-    pixels = (255 * images.float().cpu()).round().byte().view(n, *dataset.shape).permute(0, 2, 3, 1)
+    pixels = (255 * images.float().cpu()).round().byte().view(n, *opened.shape).permute(0, 2, 3, 1)
     folder.mkdir(parents=True)
     for i, image in enumerate(pixels.numpy()):
         buffer = io.BytesIO()
@@ -272,6 +294,7 @@ def add_nll_samples(parser: utils.ArgumentParser) -> None:
 def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", default="runs", help="run folder, checkpoint file, or folder of runs")
+    parser.add_argument("--model", metavar="FILE.py:CLASS", help="class of a model of your own, from a file of yours")
     parser.add_argument("--dataset", help="test set: a name or path, as for train.py (default: the run's, else auto)")
     parser.add_argument("--data-dir", default="data", help="where data sets are read and downloaded")
     parser.add_argument(
@@ -301,19 +324,21 @@ def main() -> None:
         parser.error("--label, --temperature and --draw-pixels are for --samples")
     if args.compare:
         print(f"wrote {compare_runs(args.compare, args.out_dir or '.')}")
-    elif args.save or args.samples:
-        opened = open_run(args.run, None, args.binarize, args.device, args.out_dir)
+        return
+    model = runs.import_class(args.model) if args.model else None
+    if args.save or args.samples:
+        opened = open_run(args.run, model, args.binarize, args.device, args.out_dir)
         if args.save:
-            images = args.dataset, args.data_dir, args.hold_out
-            number = save_encoded(args.save, opened, *images, args.nll_samples, args.seed)
+            data = args.dataset, args.data_dir, args.hold_out
+            number = save_encoded(args.save, opened, *data, args.nll_samples, args.seed)
             print(f"wrote {args.save}: {number:,} images")
         if args.samples:
-            images = args.data_dir, args.dataset, args.hold_out
-            dataset = open_test_data(opened.model, opened.checkpoint, opened.path, *images)
-            print(f"wrote {write_samples(opened, dataset, args.samples, seed=args.seed, **how)}")
+            print(f"wrote {write_samples(opened, args.samples, seed=args.seed, **how)}")
     else:
-        where = {"device": args.device, "out_dir": args.out_dir, "seed": args.seed, "hold_out": args.hold_out}
-        evaluate_run(args.run, None, args.dataset, args.data_dir, args.binarize, args.nll_samples, **where)
+        data = args.dataset, args.data_dir, args.binarize
+        evaluate_run(
+            args.run, model, *data, args.nll_samples, args.device, args.out_dir, seed=args.seed, hold_out=args.hold_out
+        )
 
 
 if __name__ == "__main__":

@@ -3,17 +3,28 @@
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from data import ImageData, binarize, binarize_test_set, check_bytes
-from model import VAE, LatentZ, kl_by_latent
-from step import Outcome, choose_precision, compile_checked, is_worth_compiling, matmul_precision, try_out
+from data import ImageData, check_bytes, inputs_and_targets
+from model import VAE, LatentZ, kl_by_latent, kl_divergence
+from step import (
+    Outcome,
+    choose_precision,
+    compile_checked,
+    is_worth_compiling,
+    matmul_precision,
+    no_validation,
+    try_out,
+    warn_slower,
+)
 from utils import UserError, one_line, rank_and_ranks
 
 NLL_SAMPLES = 100
@@ -21,34 +32,66 @@ NLL_SAMPLES = 100
 BLOCKS = {"cpu": (50, 20), "mps": (50, 20), "cuda": (1000, 100)}
 
 
-class Examples(NamedTuple):
-    """Binarized images to test a model on, and their labels."""
+@dataclass(frozen=True)
+class TestSet:
+    """Images to test a model on, in one fixed binarization, and what pictures say about them."""
 
     inputs: Tensor  # (N, C, H, W) in [0, 1], for the encoder
     targets: Tensor  # of the same shape, for the likelihood
     labels: Tensor  # (N,) int64
+    images: Tensor  # (N, C, H, W) uint8, as they were before
+    binarize: str
+    classes: Sequence[str] = ()  # the labels' names
+    name: str = ""  # of the data set
+    num_held_out: int = 0  # if not 0, these are training images that were put aside
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return tuple(self.inputs.shape[1:])
+
+    def take(self, chosen: Any) -> "TestSet":
+        """The images that an index, a list of them or a slice chooses."""
+        names = ("inputs", "targets", "labels", "images")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs, targets and labels of `size` images after another."""
+        return zip(self.inputs.split(size), self.targets.split(size), self.labels.split(size), strict=True)
 
 
-def make_test_set(dataset: ImageData, binarization: str, device: torch.device | str = "cpu") -> Examples:
-    """The test images of a data set in their one fixed binarization."""
-    images, labels = dataset.test_images.to(device), dataset.test_labels.to(device)
-    return Examples(*binarize_test_set(images, binarization), labels)
+def make_test_set(dataset: ImageData, binarize: str, device: torch.device | str = "cpu") -> TestSet:
+    """The test images of a data set. Their binarization is the same in every run and on every device."""
+    named = {"classes": dataset.classes, "name": dataset.name, "num_held_out": dataset.num_held_out}
+    return to_test_set(dataset.test_images.to(device), dataset.test_labels.to(device), binarize, **named)
 
 
-def usual_binarization(model: VAE) -> str:
+def to_test_set(
+    images: Tensor, labels: Tensor, binarize: str, generator: torch.Generator | None = None, **named: Any
+) -> TestSet:
+    """Images (N, C, H, W) uint8 and labels (N,), binarized with a generator (by default, one whose seed is 0)."""
+    generator = generator or torch.Generator().manual_seed(0)
+    inputs, targets = (part.to(images.device) for part in inputs_and_targets(images.cpu(), binarize, generator))
+    return TestSet(inputs, targets, labels, images, binarize, **named)
+
+
+def usual_binarize(model: VAE) -> str:
     """How images become targets for the model's likelihood: dynamic for Bernoulli pixels, else none."""
     return "dynamic" if model.config["likelihood"] == "bernoulli" else "none"
 
 
 def in_eval_mode(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function of a model: runs it in eval mode without gradients, and restores every module's mode."""
+    """Decorates a function of a model: runs it in eval mode without gradients, and restores every module's mode.
+
+    Distributions check no arguments meanwhile.
+    """
 
     @functools.wraps(function)
     def wrapped(model: VAE, *args: Any, **kwargs: Any) -> Any:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), no_validation():
                 return function(model, *args, **kwargs)
         finally:
             for module, mode in modes.items():
@@ -57,64 +100,92 @@ def in_eval_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-@in_eval_mode
-def elbo_terms(model: VAE, test_set: Examples, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
-    """The negative ELBO's terms, with one z for each image: reconstruction and KL, each (N,)."""
-    batches = zip(*(part.split(batch_size) for part in test_set), strict=True)
-    reconstructions, kls = zip(*(model.elbo_terms(*batch) for batch in batches), strict=True)
-    return torch.cat(reconstructions), torch.cat(kls)
+class PerImage(NamedTuple):
+    """What a model says about each of N images. Losses are in nats."""
+
+    mu: Tensor  # (N, latent_size), the mean of q(z|x)
+    logvar: Tensor | None  # of the same shape, if q(z|x) is a DiagonalNormal
+    kl_by_latent: Tensor | None  # of the same shape, if the KL has a closed form for each latent
+    reconstruction: Tensor  # (N,), with one draw of z
+    kl: Tensor  # (N,)
+    nll: Tensor | None = None  # (N,), if the model has a likelihood of the targets
+    effective_samples: Tensor | None = None  # (N,), of the importance samples behind nll
+
+    @property
+    def neg_elbo(self) -> Tensor:
+        """(N,)."""
+        return self.reconstruction + self.kl
 
 
 @in_eval_mode
-def posterior_means(model: VAE, test_set: Examples, batch_size: int = 1000) -> tuple[Tensor, Tensor | None]:
-    """The means of q(z|x) and the KL by latent, each (N, latent_size). The KL is None where it has no closed form."""
-    means, kls = [], []
-    for x, y in zip(test_set.inputs.split(batch_size), test_set.labels.split(batch_size), strict=True):
-        q = model.posterior(x, y)
-        means.append(q.mean)
-        kls.append(kl_by_latent(q, model.prior(y)))
-    return torch.cat(means), None if kls[0] is None else torch.cat(kls)
+def encode(model: VAE, test_set: TestSet, batch_size: int = 1000) -> PerImage:
+    """The posterior of each image and the negative ELBO's two terms, with one draw of z."""
+    parts = []
+    for inputs, targets, y in test_set.batches(batch_size):
+        q, p = model.posterior(model.check(inputs), y), model.prior(y)
+        z = q.rsample()
+        reconstruction = -model.likelihood(z, y).log_prob(targets.flatten(1))
+        kl = kl_divergence(q, p, z)
+        parts.append(PerImage(q.mean, getattr(q, "logvar", None), kl_by_latent(q, p), reconstruction, kl))
+    return concatenate(parts)
 
 
-Weigh = Callable[[Distribution, Distribution, Tensor, Tensor], Tensor]  # q, p, targets, y -> log of the weights' sum
+def concatenate(parts: list[PerImage]) -> PerImage:
+    """Joins what is known about several groups of images. A figure that one of them lacks is None."""
+    columns = zip(*parts, strict=True)
+    return PerImage(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))
+
+
+# q, p, targets, y -> the logarithms of the sum of a block's importance weights and of the sum of their squares (2, B)
+Weigh = Callable[[Distribution, Distribution, Tensor, Tensor], Tensor]
 
 
 @in_eval_mode
 def estimate_nll(
     model: VAE,
-    test_set: Examples,
+    test_set: TestSet,
     num_samples: int = NLL_SAMPLES,
     seed: int = 0,
     weigh: Weigh | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,) nats. Reseeds PyTorch.
 
-    weigh is make_weigh's. By default, it is made here.
+    Also returns the effective number of samples (N,), (sum of weights)^2 / sum of squared weights (Kong 1992): from 1,
+    where one weight outweighs all others and nll is too high, to num_samples. weigh is make_weigh's. By default, it is
+    made here.
     """
-    torch.manual_seed(seed)
     torch.empty(30 * 2**18)  # after 30 MB are freed, glibc no longer returns memory that is about to be needed again
-    device, nll = test_set.inputs.device, []
+    device = test_set.inputs.device
     batch_size, samples = BLOCKS[device.type]
     weigh = weigh or make_weigh(model, test_set, len(test_set.labels), num_samples)
-    batches = list(zip(*(part.split(batch_size) for part in test_set), strict=True))
-    with matmul_precision(nll_precision(device), device):
+    batches = list(test_set.batches(batch_size))
+    log_sums = []
+    precision = nll_precision(model, test_set)
+    torch.manual_seed(seed)
+    with matmul_precision(precision, device):
         for inputs, targets, y in tqdm(batches, desc="nll", unit=" batches", leave=False, disable=None):
-            q, p = model.posterior(inputs, y), model.prior(y)
-            total = torch.tensor(-math.inf, device=device)  # the log of the sum of all weights so far
+            q, p = model.posterior(model.check(inputs), y), model.prior(y)
+            total = torch.tensor(-math.inf, device=device)
             for start in range(0, num_samples, samples):
                 n = min(samples, num_samples - start)
                 if n == samples and len(y) == batch_size:
-                    some = weigh(q, p, targets, y)
+                    block = weigh(q, p, targets, y)
                 else:
-                    some = model.log_importance_weights(q, p, targets, n, y).logsumexp(0)
-                total = torch.logaddexp(total, some)
-            nll.append(math.log(num_samples) - total)
-    return torch.cat(nll)
+                    block = sum_weights(model.log_importance_weights(q, p, targets, n, y))
+                total = torch.logaddexp(total, block)
+            log_sums.append(total)
+    log_sum, log_sum_of_squares = torch.cat(log_sums, 1)
+    return math.log(num_samples) - log_sum, torch.exp(2 * log_sum - log_sum_of_squares)
+
+
+def sum_weights(log_weights: Tensor) -> Tensor:
+    """The logarithms of the sum of weights (K, B) and of the sum of their squares: (2, B)."""
+    return torch.stack([log_weights.logsumexp(0), (2 * log_weights).logsumexp(0)])
 
 
 @in_eval_mode
-def make_weigh(model: VAE, test_set: Examples, num_images: int, num_samples: int) -> Weigh:
-    """Returns the function that computes the log of the sum of a block's importance weights, compiled if that pays.
+def make_weigh(model: VAE, test_set: TestSet, num_images: int, num_samples: int) -> Weigh:
+    """Returns the function that adds up a block's importance weights, compiled if that pays.
 
     test_set serves as the example, and num_images are to come. The model's weights must not change afterwards.
     """
@@ -122,14 +193,14 @@ def make_weigh(model: VAE, test_set: Examples, num_images: int, num_samples: int
     batch_size, samples = BLOCKS[device.type]
 
     def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
-        return model.log_importance_weights(q, p, targets, samples, y).logsumexp(0)
+        return sum_weights(model.log_importance_weights(q, p, targets, samples, y))
 
     blocks = num_images // batch_size * (num_samples // samples)
     if not is_worth_compiling(device, 1, blocks):
         return weigh
-    inputs, targets, y = (part[:batch_size] for part in test_set)
-    with matmul_precision(nll_precision(device), device):
-        q, p = model.posterior(inputs, y), model.prior(y)
+    inputs, targets, y = next(test_set.batches(batch_size))
+    with matmul_precision(nll_precision(model, test_set), device):
+        q, p = model.posterior(model.check(inputs), y), model.prior(y)
 
         def outcome(weigh: Weigh) -> Outcome:
             return try_out(lambda: weigh(q, p, targets, y), [])
@@ -137,16 +208,36 @@ def make_weigh(model: VAE, test_set: Examples, num_images: int, num_samples: int
         return compile_checked(weigh, outcome, device, "nll", freeze=True) or weigh
 
 
-def nll_precision(device: torch.device) -> str:
+def nll_precision(model: VAE, test_set: TestSet) -> str:
     """The precision of an estimate of nll's products."""
-    return choose_precision(device, math.prod(BLOCKS[device.type]), is_compiled=False)
+    device = test_set.inputs.device
+    precision = choose_precision(device, math.prod(BLOCKS[device.type]), is_compiled=False)
+    return possible_precision(model, next(test_set.batches(2)), precision)
+
+
+def possible_precision(model: VAE, batch: Sequence[Tensor], precision: str) -> str:
+    """That precision, or "medium" after a warning if a distribution has an operation that bfloat16 lacks."""
+    if precision == "bfloat16":
+        inputs, targets, y = batch
+        try:
+            with torch.no_grad(), matmul_precision(precision, inputs.device):
+                q, p = model.posterior(model.check(inputs), y), model.prior(y)
+                model.log_importance_weights(q, p, targets, 2, y)
+        except RuntimeError as error:
+            warn_slower("products are not of bfloat16", error)
+            return "medium"
+    return precision
 
 
 @in_eval_mode
-def is_likelihood(model: VAE, test_set: Examples) -> bool:
-    """Whether all targets are in the support of p(x|z). A Bernoulli's holds 0 and 1 but no gray."""
-    likelihood = model.likelihood(model.posterior(test_set.inputs[:1], test_set.labels[:1]).mean, test_set.labels[:1])
-    return bool(likelihood.support.check(test_set.targets.flatten(1)).all())
+def is_likelihood(model: VAE, test_set: TestSet) -> bool:
+    """Whether p(x|z) gives masses, which add up to 1, and all targets are in its support.
+
+    A density is no likelihood of pixels, which have 256 levels. A Bernoulli is one of 0 and 1 but not of gray.
+    """
+    y = test_set.labels[:1]
+    support = model.likelihood(model.posterior(model.check(test_set.inputs[:1]), y).mean, y).support
+    return support.is_discrete and bool(support.check(test_set.targets.flatten(1)).all())
 
 
 def is_active(means: Tensor, threshold: float = 0.01) -> Tensor:
@@ -169,19 +260,34 @@ def check_images(model: VAE, dataset: ImageData) -> None:
         )
 
 
+def example(dataset: ImageData, binarize: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of two training images: inputs, targets and labels."""
+    return *inputs_and_targets(dataset.train_images[:2], binarize), dataset.train_labels[:2]
+
+
+def check_weights(model: VAE) -> None:
+    """Raises UserError if a checkpoint could not restore the model's state, or if weights have a half precision."""
+    name = type(model).__name__
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or is_lazy(value):
+            raise UserError(f"{name}: {key} is not a tensor of a known size, so a checkpoint could not restore it")
+        if value.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(f"{name} has weights of type {value.dtype}: call its method float() first")
+
+
 @in_eval_mode
-def check_model(model: VAE, dataset: ImageData, binarization: str, batch_size: int) -> None:
+def check_model(model: VAE, dataset: ImageData, binarize: str, batch_size: int) -> None:
     """Raises UserError if the model is for other images, or one of its distributions has a wrong shape."""
     check_images(model, dataset)
+    check_weights(model)
     name = type(model).__name__
     if type(model).posterior is VAE.posterior and type(model.latent_z).forward is not LatentZ.forward:
         raise UserError(f"{name}: the KL would ignore what latent_z.forward does; override {name}.posterior instead")
     device = next(model.parameters()).device
-    inputs, targets = (images.to(device) for images in binarize(dataset.train_images[:2], binarization))
-    y = dataset.train_labels[:2].to(device)
+    inputs, targets, y = (part.to(device) for part in example(dataset, binarize))
     targets = targets.flatten(1)
     try:
-        q, p = model.posterior(inputs, y), model.prior(y)
+        q, p = model.posterior(model.check(inputs), y), model.prior(y)
         z = q.rsample((3,))
         likelihood = model.likelihood(z, y)
         found = {
@@ -212,79 +318,81 @@ def check_model(model: VAE, dataset: ImageData, binarization: str, batch_size: i
 
 def evaluate(
     model: VAE,
-    images: Tensor,
+    images: Tensor | TestSet,
     binarize: str | None = None,
     nll_samples: int = NLL_SAMPLES,
     seed: int = 0,
     labels: Tensor | None = None,
 ) -> dict[str, Any]:
-    """All metrics of a model on uint8 images (N, ...), with labels (N,) int64 if the model uses them. Reseeds PyTorch.
+    """All metrics of a model on a TestSet, or on uint8 images (N, ...) and labels (N,) int64. Reseeds PyTorch.
 
-    In nats per image; a name with _se is a standard error over the images. nll and nll_per_image (N) are None where
-    the targets are outside the likelihood's support, bits_per_dim (of nll) also where they are binarized, and
-    kl_per_latent where a closed form is missing. binarize defaults to usual_binarization. Raises UserError for bad
-    images.
+    In nats per image; a name with _se is a standard error over the images, and effective_samples is a median.
+    per_image is a PerImage. nll is None where it would not be a likelihood (is_likelihood), bits_per_dim (of nll) also
+    where targets are binarized, and kl_per_latent where a closed form is missing. binarize defaults to usual_binarize.
+    Raises UserError for bad images.
     """
-    check_bytes(images, "images")
-    size = model.config["input_size"]
-    if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
-        raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
-    device = next(model.parameters()).device
-    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-    if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.dtype != torch.int64:
-        raise UserError(f"the labels must be a tensor ({len(images)},) of type int64, one for each image")
-    binarize = binarize or usual_binarization(model)
-    test_set = Examples(*binarize_test_set(images.to(device), binarize), labels.to(device))
-    return compute_metrics(model, test_set, binarize, nll_samples, seed)
-
-
-def compute_metrics(model: VAE, test_set: Examples, binarize: str, nll_samples: int, seed: int) -> dict[str, Any]:
-    """What evaluate returns, of images that are binarized already."""
     if not isinstance(nll_samples, int) or nll_samples < 1:
         raise UserError(f"nll_samples must be a whole number, 1 or more, not {nll_samples}")
+    check_weights(model)
+    if isinstance(images, TestSet):
+        test_set = images
+    else:
+        check_bytes(images, "images")
+        size = model.config["input_size"]
+        if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
+            raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
+        labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+        if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.dtype != torch.int64:
+            raise UserError(f"the labels must be a tensor ({len(images)},) of type int64, one for each image")
+        device = next(model.parameters()).device
+        test_set = to_test_set(images.to(device), labels.to(device), binarize or usual_binarize(model))
     torch.manual_seed(seed)
-    reconstruction, kl = elbo_terms(model, test_set)
-    means, by_latent = posterior_means(model, test_set)
-    neg_elbo, num_images = reconstruction + kl, len(kl)
-    nll = estimate_nll(model, test_set, nll_samples, seed) if is_likelihood(model, test_set) else None
-    is_in_bits = nll is not None and binarize == "none"
-    return {
-        "neg_elbo": neg_elbo.mean().item(),
-        "neg_elbo_se": neg_elbo.std().item() / math.sqrt(num_images),
-        "reconstruction": reconstruction.mean().item(),
-        "kl": kl.mean().item(),
-        "kl_per_latent": None if by_latent is None else by_latent.mean(0).tolist(),
-        "nll": None if nll is None else nll.mean().item(),
-        "nll_se": None if nll is None else nll.std().item() / math.sqrt(num_images),
-        "nll_per_image": None if nll is None else nll.tolist(),
-        "bits_per_dim": bits_per_dim(nll.mean().item(), model.config["input_size"]) if is_in_bits else None,
+    found = encode(model, test_set)
+    num_images = len(found.kl)
+    metrics = {
+        "neg_elbo": found.neg_elbo.mean().item(),
+        "neg_elbo_se": found.neg_elbo.std().item() / math.sqrt(num_images),
+        "reconstruction": found.reconstruction.mean().item(),
+        "kl": found.kl.mean().item(),
+        "kl_per_latent": None if found.kl_by_latent is None else found.kl_by_latent.mean(0).tolist(),
+        "nll": None,
+        "nll_se": None,
+        "bits_per_dim": None,
         "nll_samples": nll_samples,
-        "active_units": int(is_active(means).sum()),
-        "latent_size": means.shape[1],
+        "effective_samples": None,
+        "active_units": int(is_active(found.mu).sum()),
+        "latent_size": found.mu.shape[1],
         "num_images": num_images,
     }
+    if is_likelihood(model, test_set):
+        nll, effective_samples = estimate_nll(model, test_set, nll_samples, seed)
+        found = found._replace(nll=nll, effective_samples=effective_samples)
+        metrics["nll"] = nll.mean().item()
+        metrics["nll_se"] = nll.std().item() / math.sqrt(num_images)
+        metrics["effective_samples"] = effective_samples.median().item()
+        if test_set.binarize == "none":
+            metrics["bits_per_dim"] = bits_per_dim(metrics["nll"], model.config["input_size"])
+    return metrics | {"per_image": found}
 
 
-@in_eval_mode
-def encode_images(
-    model: VAE, images: Tensor, labels: Tensor, mode: str, nll_samples: int, seed: int = 0, batch_size: int = 1000
-) -> dict[str, Tensor]:
-    """mu and logvar (N, latent_size), and neg_elbo and nll (N,) in nats, of uint8 images (N, ...) binarized by mode.
+def measure_all(
+    model: VAE, images: Tensor, labels: Tensor, binarize: str, nll_samples: int, seed: int = 0, batch_size: int = 1000
+) -> PerImage:
+    """What evaluate calls per_image, of any number of uint8 images (N, ...) with labels (N,), on the CPU.
 
-    Leaves out logvar where the posterior has none, and nll where targets are outside the likelihood's support. Takes
-    memory for the floats of one batch. Reseeds PyTorch.
+    Takes memory for the floats of one batch. Reseeds PyTorch.
     """
-    device, generator, parts = next(model.parameters()).device, torch.Generator().manual_seed(0), []
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
     weigh = None
+    parts = []
     for i, (batch, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
-        inputs, targets = binarize(batch.cpu(), mode, generator)
-        examples = Examples(inputs.to(device), targets.to(device), y.to(device))
-        nll = None
-        if is_likelihood(model, examples):
-            weigh = weigh or make_weigh(model, examples, len(images), nll_samples)
-            nll = estimate_nll(model, examples, nll_samples, seed + i, weigh)
-        q, (reconstruction, kl) = model.posterior(examples.inputs, examples.labels), elbo_terms(model, examples)
-        part = {"mu": q.mean, "logvar": getattr(q, "logvar", None), "neg_elbo": reconstruction + kl, "nll": nll}
-        parts.append({name: value.cpu() for name, value in part.items() if value is not None})
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: torch.cat([part[name] for part in parts]) for name in names}
+        test_set = to_test_set(batch.to(device), y.to(device), binarize, generator)
+        torch.manual_seed(seed + i)
+        part = encode(model, test_set)
+        if is_likelihood(model, test_set):
+            weigh = weigh or make_weigh(model, test_set, len(images), nll_samples)
+            nll, effective_samples = estimate_nll(model, test_set, nll_samples, seed + i, weigh)
+            part = part._replace(nll=nll, effective_samples=effective_samples)
+        parts.append(PerImage(*(value if value is None else value.cpu() for value in part)))
+    return concatenate(parts)

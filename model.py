@@ -25,6 +25,7 @@ targets. The labels y are passed on to all three; the VAE itself ignores them.
 Shapes: B images of D = input_size values, K samples of z for each. Losses and log-probabilities are in nats.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -86,6 +87,21 @@ class BernoulliPixels(Independent):
         return ((x - 0.5) * logits - 0.5 * size).sum(-1) - torch.log(normalizer).sum(-1)
 
 
+class EightBits(constraints.Constraint):
+    """0, 1/255, ..., 1: the support of a distribution over the values of pixels of 8 bits.
+
+    It says is_discrete, so log_prob is taken for the logarithm of a mass. Only then do evaluations speak of likelihoods
+    and bits.
+    """
+
+    is_discrete = True
+
+    def check(self, value: Tensor) -> Tensor:
+        """(...) -> (...) bool."""
+        level = 255 * value
+        return (level >= 0) & (level <= 255) & ((level - level.round()).abs() < 1e-3)
+
+
 class DiscretizedLogistic(Distribution):
     """Values 0, 1/255, ..., 1, each with a logistic distribution's mass in the bin around it.
 
@@ -94,7 +110,7 @@ class DiscretizedLogistic(Distribution):
     between counts as the nearest of the 256.
     """
 
-    support = constraints.unit_interval
+    support = EightBits()
 
     def __init__(self, loc: Tensor, log_scale: Tensor):
         self.loc, self.scale = loc.clamp(-1e6, 1e6), torch.exp(log_scale.clamp(-7, 7))
@@ -278,7 +294,7 @@ class VAE(nn.Module):
         and reconstruction + beta * kl weighs the KL (Higgins et al. 2017). With the default likelihood, the first term
         is the binary cross-entropy, computed from logits so that no probability rounds to 0 or 1.
         """
-        q, p = self.posterior(self._check(x), y), self.prior(y)
+        q, p = self.posterior(self.check(x), y), self.prior(y)
         z = q.rsample()
         reconstruction = -self.likelihood(z, y).log_prob(targets.flatten(1))
         return reconstruction, kl_divergence(q, p, z)
@@ -298,7 +314,7 @@ class VAE(nn.Module):
 
         Each is (B,), in nats, of num_samples draws of z for each image.
         """
-        q, p = self.posterior(self._check(inputs), y), self.prior(y)
+        q, p = self.posterior(self.check(inputs), y), self.prior(y)
         log_weights = self.log_importance_weights(q, p, targets, num_samples, y)
         return nll_from_log_weights(log_weights), -log_weights.mean(0)
 
@@ -318,12 +334,12 @@ class VAE(nn.Module):
         mu is the mean of q(z|x), and logvar is None unless that is a DiagonalNormal. Raises ValueError for images of
         another size, or with values that are not floats in [0, 1].
         """
-        q = self.posterior(self._check(x), y)
+        q = self.posterior(self.check(x), y)
         return q.rsample(), getattr(q, "logvar", None), q.mean
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """(..., latent_size) -> the pixels' means (..., input_size): for Bernoullis, their probabilities."""
-        return self.likelihood(z, y).mean
+        return self.likelihood(z.to(next(self.parameters()).dtype), y).mean
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(B, ...) images in [0, 1] -> x_hat (B, input_size), and logvar, mu, z as encode returns them."""
@@ -333,7 +349,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Images -> the pixels' means, of the same shape, decoded from the mean of q(z|x)."""
-        return self.decode(self.posterior(self._check(x), y).mean, y).view(x.shape)
+        return self.decode(self.posterior(self.check(x), y).mean, y).view(x.shape)
 
     @torch.no_grad()
     def sample(self, n: int, y: Tensor | None = None) -> Tensor:
@@ -341,8 +357,8 @@ class VAE(nn.Module):
         p = self.prior(y)
         return self.decode(p.sample(() if p.batch_shape else (n,)), y)
 
-    def _check(self, x: Tensor) -> Tensor:
-        """Returns x, or raises ValueError unless it holds images of this model's size.
+    def check(self, x: Tensor) -> Tensor:
+        """Returns x in the weights' type, or raises ValueError unless it holds images of this model's size.
 
         Values are checked only on the CPU and uncompiled, where that costs next to nothing.
         """
@@ -351,10 +367,11 @@ class VAE(nn.Module):
             what = f"floats of shape (B, ...) with {size} values for each image"
             raise ValueError(f"expected {what}, got {x.dtype} {tuple(x.shape)}")
         if not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel():
-            low, high = (value.item() for value in x.detach().aminmax())
-            if not 0 <= low <= high <= 1:
-                raise ValueError(f"expected images with values in [0, 1], got values from {low:g} to {high:g}")
-        return x
+            with contextlib.suppress(RuntimeError):  # within torch.func.vmap, tensors have no values to look at
+                low, high = (value.item() for value in x.detach().aminmax())
+                if not 0 <= low <= high <= 1:
+                    raise ValueError(f"expected images with values in [0, 1], got values from {low:g} to {high:g}")
+        return x.to(next(self.parameters()).dtype)
 
 
 def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) -> Tensor:

@@ -14,76 +14,81 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import runs
-from data import ImageData
-from measure import Examples, in_eval_mode, is_active, posterior_means
+from measure import PerImage, TestSet, in_eval_mode, is_active
 from model import VAE, DiagonalNormal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported where it is used: it takes a third of a second
 
 BLUE, ORANGE, GRAY = "#3f90da", "#ffa90e", "#94a4a2"
+BINARIZED = {"dynamic": "binarized by sampling", "threshold": "binarized by a threshold", "none": "not binarized"}
 TERMS = ("test_reconstruction", "test_kl")  # of test_loss, in metrics.csv
 
 
 @in_eval_mode
-def draw_reconstructions(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
+def draw_reconstructions(model: VAE, test_set: TestSet, caption: str) -> "Figure":
     """Ten test images, of as many different classes as possible, with the encoder's input and the reconstructions."""
-    chosen = in_turn(dataset.test_labels.tolist(), 10)
-    inputs, y = test_set.inputs[chosen], test_set.labels[chosen]
-    images = dataset.test_images[chosen].to(inputs.device) / 255
-    rows = {"image": images, "input": inputs, "reconstruction": model.reconstruct(inputs, y)}
-    if torch.equal(inputs, images):
+    few = test_set.take(one_of_each_class(test_set.labels.tolist(), 10))
+    images = few.images / 255
+    rows = {"image": images, "input": few.inputs, "reconstruction": model.reconstruct(few.inputs, few.labels)}
+    if torch.equal(few.inputs, images):
         del rows["input"]
-    columns = [dataset.classes[label] for label in y] if len(dataset.classes) > 1 else None
+    columns = [few.classes[label] for label in few.labels] if len(few.classes) > 1 else None
     title = f"Reconstructions of test images\n{caption}"
-    return draw_tiles(torch.cat(list(rows.values())), len(rows), dataset.shape, title, list(rows), columns)
+    return draw_tiles(torch.cat(list(rows.values())), len(rows), few.shape, title, list(rows), columns)
 
 
 @in_eval_mode
-def draw_prior_samples(model: VAE, dataset: ImageData, caption: str, seed: int = 0) -> "Figure":
+def draw_prior_samples(model: VAE, test_set: TestSet, caption: str, seed: int = 0) -> "Figure":
     """The decoded means of a hundred draws of the prior, the same for the same seed. Each row has one label."""
     device = next(model.parameters()).device
-    y = torch.arange(10, device=device).repeat_interleave(10) % len(dataset.classes)
+    y = torch.arange(10, device=device).repeat_interleave(10) % len(test_set.classes)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         images = model.sample(100, y)
-    return draw_tiles(images, 10, dataset.shape, f"Samples from the prior\n{caption}")
+    return draw_tiles(images, 10, test_set.shape, f"Samples from the prior\n{caption}")
 
 
 @in_eval_mode
-def draw_interpolations(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
-    """Straight walks in latent space between test images' posterior means, of different classes if there are any."""
-    ends = in_turn(dataset.test_labels.tolist(), 10, backwards=True)
-    half, shares = len(ends) // 2, [step / 10 for step in range(11)]
+def draw_interpolations(model: VAE, test_set: TestSet, mu: Tensor, caption: str) -> "Figure":
+    """Walks between test images' posterior means mu (N, latent_size), of different classes if there are any."""
+    ends = one_of_each_class(test_set.labels.tolist(), 10, backwards=True)
+    half = len(ends) // 2
     first, last = ends[:half], ends[-half:]
     y1, y2 = test_set.labels[first], test_set.labels[last]
-    z1, z2 = model.posterior(test_set.inputs[first], y1).mean, model.posterior(test_set.inputs[last], y2).mean
-    z = torch.stack([torch.lerp(z1, z2, share) for share in shares], 1)  # (half, 11, latent_size)
+    shares = [step / 10 for step in range(11)]
+    z = torch.stack([torch.lerp(mu[first], mu[last], share) for share in shares], 1)  # (half, 11, latent_size)
     y = torch.stack([y1 if share < 0.5 else y2 for share in shares], 1)
     images = model.decode(z.flatten(0, 1), y.flatten())
-    names = [f"{dataset.classes[start]} to {dataset.classes[end]}" for start, end in zip(y1, y2, strict=True)]
-    names = names if len(dataset.classes) > 1 else None
+    classes = test_set.classes
+    names = [f"{classes[start]} to {classes[end]}" for start, end in zip(y1, y2, strict=True)]
     title = f"Decoded walks between test images' posterior means\n{caption}"
-    figure = draw_tiles(images, half, dataset.shape, title, names, [str(share) for share in shares])
+    columns = [str(share) for share in shares]
+    figure = draw_tiles(images, half, test_set.shape, title, names if len(classes) > 1 else None, columns)
     figure.axes[0].set_xlabel("share of the way")
     return figure
 
 
-def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
-    """The test images' posterior means, coloured by class; above two latents, their first two principal components."""
-    means, labels = posterior_means(model, test_set)[0].float().cpu(), test_set.labels.cpu()
+def draw_latent_space(test_set: TestSet, mu: Tensor, caption: str) -> "Figure":
+    """Posterior means mu (N, latent_size) of images, coloured by class.
+
+    Above two latents, they are shown by their first two principal components.
+    """
+    means, labels = mu.float().cpu(), test_set.labels.cpu()
     names = ["$z_1$", "$z_2$"]
     if means.shape[1] == 1:
         means, names = torch.cat([means, labels[:, None]], 1), ["$z_1$", "class"]
     elif means.shape[1] > 2:
         means = means - means.mean(0)
         _, singular_values, directions = torch.linalg.svd(means, full_matrices=False)
-        means, shares = means @ directions[:2].T, singular_values**2 / (singular_values**2).sum()
+        shares = singular_values**2 / (singular_values**2).sum()
+        means = means @ directions[:2].T
         names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
-    num_classes, colors = len(dataset.classes), class_colors(len(dataset.classes))
+    classes = test_set.classes
+    num_classes, colors = len(classes), class_colors(len(classes))
     axes.scatter(*means.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
-    for name, color in zip(dataset.classes[:40], colors, strict=False):  # the legend has room for as many
+    for name, color in zip(classes[:40], colors, strict=False):  # the legend has room for as many
         axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _
     title = f"the first 40 of {num_classes} classes" if num_classes > 40 else None
     ncols, fontsize = (1, 10) if num_classes <= 20 else (2, 7)
@@ -94,13 +99,10 @@ def draw_latent_space(model: VAE, dataset: ImageData, test_set: Examples, captio
     return figure
 
 
-def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> "Figure":
-    """The mean KL of each latent over the test images, sorted. Raises ValueError where it has no closed form."""
-    means, kl = posterior_means(model, test_set)
-    if kl is None:
-        raise ValueError("the KL has no closed form for each latent")
-    kl, order = kl.mean(0).cpu().sort(descending=True)
-    active = is_active(means).cpu()[order]
+def draw_latent_usage(mu: Tensor, kl_by_latent: Tensor, caption: str) -> "Figure":
+    """The mean KL of each latent over the images, sorted, from posterior means and KLs (N, latent_size)."""
+    kl, order = kl_by_latent.mean(0).cpu().sort(descending=True)
+    active = is_active(mu).cpu()[order]
     title = f"KL of each latent dimension, over the test images\n{caption}"
     figure, axes = _new_figure(min(max(8, 0.4 * len(kl)), 40), 6, title)
     for name, color, chosen in (("active", BLUE, active), ("not active", GRAY, ~active)):
@@ -110,23 +112,23 @@ def draw_latent_usage(model: VAE, test_set: Examples, caption: str) -> "Figure":
     named = order.tolist() if len(kl) <= 50 else []  # there is room for no more
     axes.set_xticks(range(len(named)), [str(i + 1) for i in named], fontsize=7)
     axes.set(xlabel="latent dimension, by its KL", ylabel="KL, nats per image", xlim=(-0.6, len(kl) - 0.4))
-    axes.set_ylim(0, max(0.1, 1.05 * kl.max().item()))  # a latent that is not used looks so
+    axes.set_ylim(0, max(0.1, 1.05 * kl.max().item()))  # so an unused latent looks flat
     axes.legend(frameon=False)
     return figure
 
 
-def draw_traversals(model: VAE, dataset: ImageData, test_set: Examples, caption: str) -> "Figure":
+def draw_traversals(model: VAE, test_set: TestSet, mu: Tensor, kl_by_latent: Tensor | None, caption: str) -> "Figure":
     """What the ten latents of largest KL do: each row moves one of them over the prior, around one test image.
 
-    Without a KL for each latent, they are those whose posterior means vary most.
+    Without a KL for each latent, they are those whose posterior means mu (N, latent_size) vary most.
     """
-    means, kl = posterior_means(model, test_set)
-    order = (means.var(0) if kl is None else kl.mean(0)).argsort(descending=True)[:10].tolist()
-    deviations = torch.arange(-3.0, 4.0, device=means.device)
-    images = decode_traversals(model, means[:1], order, deviations, test_set.labels[:1])
+    sizes = mu.var(0) if kl_by_latent is None else kl_by_latent.mean(0)
+    order = sizes.argsort(descending=True)[:10].tolist()
+    deviations = torch.arange(-3.0, 4.0, device=mu.device)
+    images = decode_traversals(model, mu[:1], order, deviations, test_set.labels[:1])
     title = f"One latent at a time moved over the prior, around a test image\n{caption}"
     rows, columns = [f"latent {i + 1}" for i in order], [f"{value:.0f}" for value in deviations.tolist()]
-    figure = draw_tiles(images, len(order), dataset.shape, title, rows, columns)
+    figure = draw_tiles(images, len(order), test_set.shape, title, rows, columns)
     figure.axes[0].set_xlabel("standard deviations of the prior")
     return figure
 
@@ -142,21 +144,22 @@ def decode_traversals(model: VAE, z: Tensor, latents: list[int], deviations: Ten
 
 
 @in_eval_mode
-def draw_least_likely(model: VAE, dataset: ImageData, test_set: Examples, nll: list[float], caption: str) -> "Figure":
-    """The ten test images of largest nll (N), in nats, with their reconstructions."""
-    chosen = sorted(range(len(nll)), key=nll.__getitem__, reverse=True)[:10]
-    inputs, y = test_set.inputs[chosen], test_set.labels[chosen]
-    images = torch.cat([inputs, model.reconstruct(inputs, y)])
+def draw_least_likely(model: VAE, test_set: TestSet, nll: Tensor, caption: str) -> "Figure":
+    """The ten test images of largest nll (N,), in nats, with their reconstructions."""
+    chosen = nll.argsort(descending=True)[:10].tolist()
+    few = test_set.take(chosen)
+    images = torch.cat([few.inputs, model.reconstruct(few.inputs, few.labels)])
     title = f"The least likely test images, and their nll in nats\n{caption}"
-    return draw_tiles(images, 2, dataset.shape, title, ["image", "reconstruction"], [f"{nll[i]:,.0f}" for i in chosen])
+    columns = [f"{value:,.0f}" for value in nll[chosen].tolist()]
+    return draw_tiles(images, 2, few.shape, title, ["image", "reconstruction"], columns)
 
 
-def draw_manifold(model: VAE, dataset: ImageData, caption: str, steps: int = 20) -> "Figure":
+def draw_manifold(model: VAE, shape: tuple[int, int, int], caption: str, steps: int = 20) -> "Figure":
     """A two-dimensional latent space decoded at equal quantiles of the prior (Kingma & Welling 2014, figure 4)."""
     images, (x, y) = decode_manifold(model, steps)
     rows, columns = ([f"{value:.1f}" for value in values] for values in (y, x))
     title = f"Images decoded at equal quantiles of the prior\n{caption}"
-    figure = draw_tiles(images, steps, dataset.shape, title, rows, columns)
+    figure = draw_tiles(images, steps, shape, title, rows, columns)
     figure.axes[0].set(xlabel="$z_1$", ylabel="$z_2$")
     return figure
 
@@ -267,21 +270,21 @@ def class_colors(num_classes: int) -> list[Any]:
     return list(colormaps["turbo"](torch.linspace(0, 1, num_classes).tolist()))
 
 
-def in_turn(labels: list[int], count: int, backwards: bool = False) -> list[int]:
+def one_of_each_class(labels: list[int], count: int, backwards: bool = False) -> list[int]:
     """The first `count` indices in the order: first (or last) image of each class, second of each, and so on."""
     order = range(len(labels))[:: -1 if backwards else 1]
     by_class = ([i for i in order if labels[i] == label] for label in sorted(set(labels)))
     return [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None][:count]
 
 
-def describe(dataset: ImageData, binarization: str, model: VAE, epoch: int | None) -> str:
+def describe(model: VAE, dataset: str, binarize: str, epoch: int | None = None, num_held_out: int = 0) -> str:
     """The pictures' caption: what was trained on what, and what it was tested on if not the test set."""
-    what = "" if type(model) is VAE else f"{type(model).__name__}, "
+    is_logistic = type(model).likelihood is VAE.likelihood and model.config["likelihood"] == "logistic"
+    pixels = "with a logistic likelihood" if is_logistic else BINARIZED[binarize]
+    kind = "" if type(model) is VAE else f"{type(model).__name__}, "
     after = "" if epoch is None else f", epoch {epoch}"
-    held_out = f", tested on {dataset.num_held_out:,} held-out training images" if dataset.num_held_out else ""
-    is_logistic = model.config["likelihood"] == "logistic"
-    pixels = "logistic likelihood" if is_logistic else f"binarize {binarization}"
-    return f"{what}{dataset.name}, {pixels}, latent size {model.config['latent_size']}{after}{held_out}"
+    held_out = f", tested on {num_held_out:,} held-out training images" if num_held_out else ""
+    return f"{kind}{dataset} {pixels}, {model.config['latent_size']} latents{after}{held_out}"
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -291,22 +294,20 @@ def save_figure(figure: "Figure", path: Path) -> None:
     runs.write_atomically(path, buffer.getvalue())
 
 
-def draw_all(
-    model: VAE, dataset: ImageData, test_set: Examples, caption: str, nll: list[float] | None = None
-) -> Iterator[tuple[str, "Figure"]]:
-    """The file name and figure of each picture that applies to this model. nll (N) is in nats."""
-    means, kl = posterior_means(model, Examples(*(part[:2] for part in test_set)))
-    yield "reconstructions.png", draw_reconstructions(model, dataset, test_set, caption)
-    yield "prior_samples.png", draw_prior_samples(model, dataset, caption)
-    yield "interpolations.png", draw_interpolations(model, dataset, test_set, caption)
-    yield "latent_space.png", draw_latent_space(model, dataset, test_set, caption)
-    yield "traversals.png", draw_traversals(model, dataset, test_set, caption)
-    if nll is not None:
-        yield "least_likely.png", draw_least_likely(model, dataset, test_set, nll, caption)
-    if kl is not None:
-        yield "latent_usage.png", draw_latent_usage(model, test_set, caption)
-    if means.shape[1] == 2:
-        yield "manifold.png", draw_manifold(model, dataset, caption)
+def draw_all(model: VAE, test_set: TestSet, found: PerImage, caption: str) -> Iterator[tuple[str, "Figure"]]:
+    """The file name and figure of each picture that applies to this model, from what it says about the test set."""
+    mu = found.mu
+    yield "reconstructions.png", draw_reconstructions(model, test_set, caption)
+    yield "prior_samples.png", draw_prior_samples(model, test_set, caption)
+    yield "interpolations.png", draw_interpolations(model, test_set, mu, caption)
+    yield "latent_space.png", draw_latent_space(test_set, mu, caption)
+    yield "traversals.png", draw_traversals(model, test_set, mu, found.kl_by_latent, caption)
+    if found.nll is not None:
+        yield "least_likely.png", draw_least_likely(model, test_set, found.nll, caption)
+    if found.kl_by_latent is not None:
+        yield "latent_usage.png", draw_latent_usage(mu, found.kl_by_latent, caption)
+    if mu.shape[1] == 2:
+        yield "manifold.png", draw_manifold(model, test_set.shape, caption)
 
 
 def _new_figure(columns: float, rows: float, title: str) -> tuple["Figure", Any]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -11,12 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data import DATASETS, ImageData
 from model import VAE
-from utils import UserError, one_line
+from utils import UserError, one_line, raise_unless_damaged
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -51,10 +52,34 @@ def sync(descriptor: int) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Saves a dict of tensors and plain Python values atomically. Raises OSError."""
+    """Saves a dict of tensors and plain values atomically. Raises OSError, and UserError as plain does."""
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save(plain(checkpoint), buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+def plain(value: Any, name: str = "checkpoint") -> Any:
+    """The value without NumPy's and other libraries' types, because read_checkpoint runs no code to rebuild them.
+
+    Raises UserError for a value that is not made of tensors, numbers, text, lists, tuples and dicts.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, dict):
+        return {plain(key, name): plain(each, f"{name}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        kind = list if isinstance(value, list) else tuple
+        return kind(plain(each, f"{name}[{i}]") for i, each in enumerate(value))
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), name)
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Path):
+        return str(value)
+    if value is None:
+        return None
+    raise UserError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: use tensors and plain values")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -67,19 +92,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             if sum(member.file_size for member in archive.infolist()) > len(data) or archive.testzip():
                 raise ValueError("it is compressed, or a checksum is wrong")
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # torch.load does not document what it raises for a damaged file
+        raise_unless_damaged(error)
         raise UserError(f"{path} is damaged, or is not a checkpoint of plain tensors") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_state_dict"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of this VAE: it has no model and model_state_dict")
     return checkpoint
 
 
-def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, dict[str, Any]]:
+def load_checkpoint(path: str | Path, model: VAE | type[VAE] | None = None) -> tuple[VAE, dict[str, Any]]:
     """Loads the checkpoint of a run folder or a file. Returns the model, in eval mode, and the checkpoint's dict.
 
-    The checkpoint of a subclass of your own needs a `model` of that class to load into. A file needs only model and
+    The checkpoint of a subclass of your own needs `model`, that class or an instance. A file needs only model and
     model_state_dict, as the repository that this one grew from wrote them. Raises UserError if the file is damaged or
     does not fit the model.
     """
@@ -88,20 +112,20 @@ def load_checkpoint(path: str | Path, model: VAE | None = None) -> tuple[VAE, di
     return load_weights(checkpoint, path, model), checkpoint
 
 
-def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = None) -> VAE:
+def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] | None = None) -> VAE:
     """Does what load_checkpoint does, for a checkpoint that has been read."""
     name = checkpoint.get("class", "VAE")
     config = checkpoint["model"]
     weights = checkpoint["model_state_dict"]
-    is_new = model is None
+    is_new = not isinstance(model, VAE)
     try:
-        kind = find_class(name) if is_new else type(model)
+        kind = (model or find_class(name)) if is_new else type(model)
         # The module's name does not count, because a module may be run as __main__ or imported
         if name.rpartition(".")[2] != class_name(kind).rpartition(".")[2] or ("." in name) == (kind is VAE):
             class_of_file = name.rpartition(".")[2]
             raise UserError(
-                f"{path} is of the class {name}, not {class_name(kind)}: run its script with --resume, or "
-                f"load_checkpoint(path, model={class_of_file}(...))"
+                f"{path} is of the class {name}, not {class_name(kind)}: name its file with --model "
+                f"FILE.py:{class_of_file}, or call load_checkpoint(path, {class_of_file})"
             )
         if is_new:
             if max(config.get("encoder_layers", 1), config.get("decoder_layers", 1)) > len(weights):
@@ -109,7 +133,7 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = Non
             with torch.device("meta"):  # takes no memory, however large the file says the model is
                 model = kind(**config)
         for key in sorted(config.keys() & model.config.keys()):
-            if config[key] != model.config[key]:
+            if config[key] != plain(model.config[key]):
                 raise ValueError(f"its {key} is {config[key]}, not {model.config[key]}")
         like = model.state_dict()
         check_tensors(weights, like)
@@ -117,6 +141,23 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | None = Non
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)[:200]}") from error
     return model.eval()
+
+
+def import_class(place: str) -> type[VAE]:
+    """The class that FILE.py:CLASS names. Runs the file's code. Raises UserError if there is no such class."""
+    file, _, name = place.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"--model must be FILE.py:CLASS, with the file of a class of yours, not {place}")
+    spec = importlib.util.spec_from_file_location(f"given_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.append(str(path.resolve().parent))  # for what it imports
+    spec.loader.exec_module(module)
+    kind = getattr(module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, VAE)):
+        raise UserError(f"{file} has no subclass of VAE called {name}")
+    return kind
 
 
 def find_class(name: str) -> type[VAE]:
@@ -217,10 +258,10 @@ def check_place(name: str, path: Path) -> None:
 
 
 def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
-    """Raises UserError if a run was trained on other images, perhaps on those it would be tested on now."""
-    checksum = dataset.checksum()
-    if checkpoint.get("checksum", checksum) != checksum:
-        raise UserError(
-            f"{path} was trained on other images than those now in {dataset.name}: pass its own data, or evaluate it "
-            "on another data set by naming one (--dataset)"
-        )
+    """Raises UserError if a run was trained on other images or labels, perhaps on those it would be tested on now."""
+    for name, checksum in dataset.checksums().items():
+        if checkpoint.get(name, checksum) != checksum:
+            raise UserError(
+                f"{path} was trained on other {'images' if name == 'checksum' else 'labels'} than those now in "
+                f"{dataset.name}: pass its own data, or evaluate it on another data set by naming one (--dataset)"
+            )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from tqdm import tqdm
 
 from utils import one_line
@@ -26,6 +27,17 @@ ROUNDING = 1e-3  # how far results may be apart in float32, relative to their si
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # inputs, targets, y, rates -> the negative ELBO of the batch
 Outcome = list[list[Tensor]]  # a result, and groups of the tensors that it changed
+
+
+@contextlib.contextmanager
+def no_validation() -> Iterator[None]:
+    """A context in which torch.distributions check no arguments, which waits for a GPU and stops compilation."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

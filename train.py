@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from tqdm import tqdm
 
 import evaluate
@@ -31,10 +30,10 @@ import measure
 import pictures
 import runs
 import utils
-from data import DATASETS, ImageData, binarize, check_kind, load_dataset
+from data import DATASETS, ImageData, check_kind, inputs_and_targets, load_dataset
 from model import VAE
 from options import PLACES, RESUMABLE, SIZES, Options, make_options, make_parser, parse_given
-from step import Recorded, Step, Steps, matmul_precision
+from step import Recorded, Step, Steps, matmul_precision, no_validation
 from utils import UserError, flag, rank_and_ranks
 
 COLUMNS = ("epoch", "train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second", "seconds")
@@ -132,7 +131,7 @@ def make_steps(
     if options.compile:
         with matmul_precision(options.precision, images.device):
             first = torch.arange(min(options.batch_size, len(images)), device=images.device)
-            inputs, targets = binarize(images.index_select(0, first), options.binarize)
+            inputs, targets = inputs_and_targets(images.index_select(0, first), options.binarize)
             rates = torch.tensor([*adam.corrected(1e-3, 0), 1.0], device=images.device)
             steps.compile(inputs, targets, labels.index_select(0, first), rates)
     is_alone = rank_and_ranks()[1] == 1
@@ -187,7 +186,7 @@ def train_epoch(
             now = range(len(batches))[start : start + STEPS_AT_ONCE]
             shares = [batches[i][rank::ranks] for i in now]
             chosen = torch.cat(shares)
-            inputs, targets = binarize(images.index_select(0, chosen), options.binarize)
+            inputs, targets = inputs_and_targets(images.index_select(0, chosen), options.binarize)
             y = labels.index_select(0, chosen)
             rates = []
             for i in now:
@@ -218,22 +217,36 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
             mean.copy_(buffer)
 
 
-def compute_test_losses(model: VAE, test_set: measure.Examples) -> tuple[float, float, float]:
-    """The negative ELBO on the test set and its two terms, in nats per image."""
+def test_epoch(
+    run: "Run", model: VAE, test_set: measure.TestSet, epoch: int, neg_elbos: Tensor, num_images: int, seconds: float
+) -> dict[str, float]:
+    """A row of metrics.csv: the negative ELBO of the epoch's steps (steps,) and of the test set, in nats per image.
+
+    Raises UserError if one of them is not finite.
+    """
     rank, ranks = rank_and_ranks()
     if ranks > 1:
-        for buffer in model.buffers():  # batch-norm statistics, say, differ between ranks
-            torch.distributed.broadcast(buffer, 0)
-    terms = measure.elbo_terms(model, measure.Examples(*(part[rank::ranks] for part in test_set)))
-    sums = utils.sum_over_ranks(torch.stack([term.sum() for term in terms]))
+        utils.broadcast(model.buffers())  # batch-norm statistics, say, differ between ranks
+    with matmul_precision(run.options.precision, test_set.inputs.device):
+        found = measure.encode(model.eval(), test_set.take(slice(rank, None, ranks)))
+    sums = utils.sum_over_ranks(torch.stack([found.reconstruction.sum(), found.kl.sum()]))
     reconstruction, kl = (sums / len(test_set.labels)).tolist()
-    return reconstruction + kl, reconstruction, kl
+    train_loss = neg_elbos.double().sum().item() / num_images
+    losses = train_loss, reconstruction + kl, reconstruction, kl
+    if not all(map(math.isfinite, losses)):
+        bad = (~torch.isfinite(neg_elbos)).nonzero().flatten().tolist()
+        step = f"step {bad[0] + 1}" if bad else "the test after its last step"
+        cause = "the steps are probably too large: try a smaller --lr, or --clip-grad-norm"
+        kept = f". {run.folder} holds epoch {epoch - 1}" if epoch > 1 else ""
+        raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}{kept}")
+    return dict(zip(COLUMNS, (epoch, *losses, num_images / seconds, seconds), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
+@no_validation()
 def train(
     dataset: str | Path | ImageData | None = None,
     model: VAE | type[VAE] | None = None,
@@ -247,15 +260,17 @@ def train(
     dataset is a name, a path, or ImageData of your own. model is a VAE, an instance of a subclass, or a subclass, whose
     for_data makes the model. After each epoch, on_epoch is called with the model and the history so far. Returns the
     model in eval mode, the rows of metrics.csv (losses in nats per image) and the run folder. Raises UserError for a
-    bad value, and OSError if the run folder cannot be written. Seeds PyTorch's generators, flushes denormals, and turns
-    off the validation of distributions' arguments.
+    bad value, and OSError if the run folder cannot be written. Two changes outlast the call: PyTorch's generators are
+    seeded, and denormals count as 0.
 
     If resume is the folder of a run, that run continues, as the function resume describes.
     """
     check_kind("auto" if dataset is None else dataset)
     if on_epoch:  # the wrong arguments would otherwise be noticed only after an epoch
         inspect.signature(on_epoch).bind(None, [])
-    set_up_pytorch()
+    # Adam's moments of pixels that are almost never on decay to numbers below 1e-38, which a CPU multiplies many times
+    # slower than others. This must happen before PyTorch starts its threads, which inherit it.
+    torch.set_flush_denormal(True)
     run = reopen_run(resume, dataset, model, options) if resume else start_run(dataset, model, options)
     options = run.options
     history = run.checkpoint["history"]
@@ -264,7 +279,7 @@ def train(
     images, labels = training_images(run.dataset, options.mirror, device)
     test_set = measure.make_test_set(run.dataset, options.binarize, device)
     average, model, adam = restore(run, device)
-    checksum = run.dataset.checksum()
+    checksums = run.dataset.checksums()
     is_likelihood = measure.is_likelihood(average, test_set)
     if rank == 0:
         print(start_line(run, average, device))
@@ -279,14 +294,10 @@ def train(
             started = time.perf_counter()
             neg_elbos = train_epoch(steps, model, average, adam, images, labels, epoch, options, learning_rate)
             seconds = time.perf_counter() - started
-            with matmul_precision(options.precision, device):
-                test_losses = compute_test_losses(average.eval(), test_set)
-            losses = neg_elbos.double().sum().item() / len(images), *test_losses
-            check_finite(neg_elbos, losses, epoch, run.folder)
-            history.append(dict(zip(COLUMNS, (epoch, *losses, len(images) / seconds, seconds), strict=True)))
+            history.append(test_epoch(run, average, test_set, epoch, neg_elbos, len(images), seconds))
             if rank > 0:
                 continue
-            save(run, average, model, adam, steps.is_compiled, checksum)
+            save(run, average, model, adam, steps.is_compiled, checksums)
             print(epoch_line(history[-1], options, run.dataset, is_likelihood), flush=True)
             is_due = epoch & (epoch - 1) == 0 and started > drawn + 10  # drawing takes a second, so seldom
             if epoch == options.epochs or is_due:
@@ -321,14 +332,6 @@ def resume(
     return train(dataset, model, on_epoch, resume=run, **changes)
 
 
-def set_up_pytorch() -> None:
-    """Settings of the whole process that training needs."""
-    # Adam's moments of pixels that are almost never on decay to numbers below 1e-38, which a CPU multiplies many times
-    # slower than others. This must happen before PyTorch starts its threads, which inherit it.
-    torch.set_flush_denormal(True)
-    Distribution.set_default_validate_args(False)  # validation waits for a GPU and stops compilation
-
-
 @dataclass(frozen=True)
 class Run:
     """What is trained, on what, and where its results are kept."""
@@ -345,24 +348,19 @@ def start_run(dataset: str | Path | ImageData | None, model: VAE | type[VAE] | N
     if isinstance(model, VAE) and (fixed := sorted(given.keys() & {*SIZES})):
         raise UserError(f"{', '.join(map(flag, fixed))}: only for a new model; the one given has its own")
     if dataset is not None:
-        name = dataset.name if isinstance(dataset, ImageData) else str(dataset)
-        given = given | {"dataset": name}
+        given = given | {"dataset": dataset.name if isinstance(dataset, ImageData) else str(dataset)}
     options = make_options(**given)
     utils.choose_device(options.device)  # before the data set is loaded, which may take a while
+    data = load(dataset, options)
     if not isinstance(dataset, ImageData):
-        channels = 1 if options.grayscale else None
-        dataset = load_dataset(options.dataset, options.data_dir, options.image_size, options.hold_out, channels)
-        place = dataset.name if options.dataset in DATASETS else str(Path(options.dataset).resolve())
+        place = data.name if options.dataset in DATASETS else str(Path(options.dataset).resolve())
         options = dataclasses.replace(options, dataset=place)
-    elif options.hold_out:
-        dataset = dataset.hold_out(options.hold_out)
-    options = options.resolve(dataset)
-    model = make_model(VAE if model is None else model, dataset, options)
-    options = options.resolve(dataset, model)
-    measure.check_model(model, dataset, options.binarize, options.batch_size)
+    options = options.resolve(data)
+    model = make_model(VAE if model is None else model, data, options)
+    options = resolve_for_model(options, data, model)
     latent_size = model.config["latent_size"]
-    folder = utils.on_rank_0(lambda: runs.new_run_folder(options.out_dir, dataset.name, latent_size))
-    return Run(options, dataset, model, folder, {"history": [], "training_weights": model.state_dict()})
+    folder = utils.on_rank_0(lambda: runs.new_run_folder(options.out_dir, data.name, latent_size))
+    return Run(options, data, model, folder, {"history": [], "training_weights": model.state_dict()})
 
 
 def reopen_run(
@@ -383,21 +381,35 @@ def reopen_run(
     if options.epochs < checkpoint["epoch"]:
         epochs = checkpoint["epoch"]
         raise UserError(f"{path} is already trained for {epochs} epochs: pass a larger --epochs to continue")
-    if not isinstance(dataset, ImageData):
-        if dataset is None:
-            runs.check_place(options.dataset, path)
-        channels = 1 if options.grayscale else None
-        name = str(dataset or options.dataset)
-        dataset = load_dataset(name, options.data_dir, options.image_size, options.hold_out, channels)
-    dataset = dataset.hold_out(options.hold_out)
-    runs.check_same_images(checkpoint, dataset, path)
+    if dataset is None:
+        runs.check_place(options.dataset, path)
+    data = load(dataset, options)
+    runs.check_same_images(checkpoint, data, path)
     if model is not None:
-        model = make_model(model, dataset, options)
+        model = make_model(model, data, options)
     model = runs.load_weights(checkpoint, path, model)
-    measure.check_model(model, dataset, options.binarize, options.batch_size)
+    options = resolve_for_model(options, data, model)
     for unfinished in path.parent.glob(".*.part"):  # left by a killed process
         unfinished.unlink(missing_ok=True)
-    return Run(options.resolve(dataset, model), dataset, model, path.parent, checkpoint)
+    return Run(options, data, model, path.parent, checkpoint)
+
+
+def load(dataset: str | Path | ImageData | None, options: Options) -> ImageData:
+    """The data set given, or the options' own, with the images held out that the options say."""
+    if isinstance(dataset, ImageData):
+        return dataset.hold_out(options.hold_out or dataset.num_held_out)
+    channels = 1 if options.grayscale else None
+    name = str(dataset or options.dataset)
+    return load_dataset(name, options.data_dir, options.image_size, options.hold_out, channels)
+
+
+def resolve_for_model(options: Options, dataset: ImageData, model: VAE) -> Options:
+    """The options with what they left open for a model. Raises UserError if the model cannot be trained."""
+    options = options.resolve(dataset, model)
+    measure.check_model(model, dataset, options.binarize, options.batch_size)
+    runs.plain(model.config, f"the config of {type(model).__name__}")
+    precision = measure.possible_precision(model, measure.example(dataset, options.binarize), options.precision)
+    return dataclasses.replace(options, precision=precision)
 
 
 def restore(run: Run, device: torch.device) -> tuple[VAE, VAE, Adam]:
@@ -420,7 +432,9 @@ def make_model(model: VAE | type[VAE], dataset: ImageData, options: Options) -> 
     if isinstance(model, VAE):
         return model
     if not (isinstance(model, type) and issubclass(model, VAE)):
-        raise UserError(f"model must be a VAE or a subclass, not {type(model).__name__}")
+        raise UserError(
+            f"model must be a VAE or a subclass, not {type(model).__name__}: pass the model itself, unwrapped"
+        )
     utils.seed_epoch(options.seed, 0)
     return model.for_data(dataset, options)
 
@@ -463,17 +477,7 @@ def epoch_line(row: dict[str, float], options: Options, dataset: ImageData, is_l
     )
 
 
-def check_finite(neg_elbos: Tensor, losses: tuple[float, ...], epoch: int, run: Path) -> None:
-    """Raises UserError if a loss of an epoch's steps (steps,), or of the test after them, is not finite."""
-    if not all(map(math.isfinite, losses)):  # the first is the mean of neg_elbos
-        bad = (~torch.isfinite(neg_elbos)).nonzero().flatten().tolist()
-        step = f"step {bad[0] + 1}" if bad else "the test after its last step"
-        cause = "the steps are probably too large: try a smaller --lr, or --clip-grad-norm"
-        kept = f". {run} holds epoch {epoch - 1}" if epoch > 1 else ""
-        raise UserError(f"the loss is not finite in epoch {epoch}, {step}; {cause}{kept}")
-
-
-def save(run: Run, average: VAE, model: VAE, adam: Adam, is_compiled: bool, checksum: int) -> None:
+def save(run: Run, average: VAE, model: VAE, adam: Adam, is_compiled: bool, checksums: dict[str, int]) -> None:
     """Writes checkpoint.pt, from which everything else in the run folder can be made again, and metrics.csv."""
     options = dataclasses.asdict(run.options) | {"compile": is_compiled}  # so that a resumed run makes the same choice
     history = run.checkpoint["history"]
@@ -481,12 +485,14 @@ def save(run: Run, average: VAE, model: VAE, adam: Adam, is_compiled: bool, chec
         "model_state_dict": average.state_dict(),
         "optimizer_state_dict": adam.state_dict(),
         "model": average.config,
+        "shape": run.dataset.shape,
+        "classes": list(run.dataset.classes),
         "class": runs.class_name(type(average)),
         "training_weights": model.state_dict(),
         "options": {name: value for name, value in options.items() if name not in PLACES},
-        "checksum": checksum,
         "epoch": len(history),
         "history": history,
+        **checksums,
     }
     runs.save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
     write_table(run.folder, history)
@@ -499,15 +505,16 @@ def write_table(folder: Path, history: History) -> None:
     runs.write_atomically(folder / "metrics.csv", table.encode())
 
 
-def draw(run: Run, test_set: measure.Examples) -> None:
+def draw(run: Run, test_set: measure.TestSet) -> None:
     """Writes the pictures that show how far the run has come."""
     model = run.model
     history = run.checkpoint["history"]
-    caption = pictures.describe(run.dataset, run.options.binarize, model, len(history))
+    dataset = run.dataset
+    caption = pictures.describe(model, dataset.name, run.options.binarize, len(history), dataset.num_held_out)
     figures = {
         "curves.png": pictures.draw_curves(history, caption),
-        "reconstructions.png": pictures.draw_reconstructions(model, run.dataset, test_set, caption),
-        "prior_samples.png": pictures.draw_prior_samples(model, run.dataset, caption),
+        "reconstructions.png": pictures.draw_reconstructions(model, test_set, caption),
+        "prior_samples.png": pictures.draw_prior_samples(model, test_set, caption),
     }
     for name, figure in figures.items():
         pictures.save_figure(figure, run.folder / name)
@@ -556,7 +563,7 @@ def main(
         device = next(trained.parameters()).device.type
         evaluate.evaluate_run(folder, trained, nll_samples=nll_samples, data_dir=data_dir, device=device)
         if report:
-            report(trained, evaluate.open_test_data(trained, runs.read_checkpoint(folder), folder, data_dir))
+            report(trained, evaluate.open_run(folder, trained, device=device).test_data(data_dir=data_dir))
     elif rank == 0:
         place = ["--data-dir", data_dir] if "data_dir" in given else []
         print(f"done: now try {utils.shell_line('python', Path(sys.argv[0]).with_name('evaluate.py'), folder, *place)}")

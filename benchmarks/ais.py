@@ -13,6 +13,7 @@ Carlo, section 3 of Wu et al.). The truth is in between.
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,9 +24,8 @@ from tqdm import tqdm
 
 import evaluate
 import measure
-import runs
 import utils
-from measure import Examples
+from measure import TestSet
 from model import VAE, DiagonalNormal, nll_from_log_weights
 
 Densities = Callable[[Tensor], tuple[Tensor, Tensor]]  # eps (K, B, latent) -> log densities of both ends, each (K, B)
@@ -89,7 +89,7 @@ def anneal(both: Densities, eps: Tensor, betas: list[float], steps: list[Tensor]
 
 
 @measure.in_eval_mode
-def compare(model: VAE, test_set: Examples, chains: int, temperatures: int, z: Tensor | None) -> dict[str, Tensor]:
+def compare(model: VAE, test_set: TestSet, chains: int, temperatures: int, z: Tensor | None) -> dict[str, Tensor]:
     """Estimates -log p(x) of each image by each method: (B,). z (B, latent), if known, is a draw of p(z|x).
 
     Raises UserError unless q(z|x) is a DiagonalNormal.
@@ -103,7 +103,7 @@ def compare(model: VAE, test_set: Examples, chains: int, temperatures: int, z: T
     _, steps = anneal(both, torch.randn_like(eps[:4]), betas)
     log_weights, _ = anneal(both, eps, betas, steps)
     nll = {
-        "importance sampling, 5,000 samples": measure.estimate_nll(model, test_set, num_samples=5000),
+        "importance sampling, 5,000 samples": measure.estimate_nll(model, test_set, num_samples=5000)[0],
         "annealed importance sampling": nll_from_log_weights(log_weights),
     }
     if z is not None:
@@ -124,11 +124,11 @@ def main() -> None:
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     args = parser.parse_args()
     device = utils.choose_device(args.device)
-    model, checkpoint = runs.load_checkpoint(args.run)
-    dataset = evaluate.open_test_data(model, checkpoint, runs.checkpoint_path(args.run), args.data_dir)
-    whole = measure.make_test_set(dataset, checkpoint.get("options", {}).get("binarize", "dynamic"), device)
-    test_set = Examples(*(part[: args.images] for part in whole))
-    if not measure.is_likelihood(model.to(device), test_set):
+    opened = evaluate.open_run(args.run, device=args.device)
+    model = opened.model
+    dataset = opened.test_data(data_dir=args.data_dir)
+    test_set = measure.make_test_set(dataset, opened.binarize, device).take(slice(args.images))
+    if not measure.is_likelihood(model, test_set):
         raise utils.UserError("the model has no likelihood of the targets that it was trained on")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def main() -> None:
         drawn = model.likelihood(z).sample()
     for name, images, known in (
         ("test images", test_set, None),
-        ("images drawn from the model", Examples(drawn, drawn, test_set.labels), z),
+        ("images drawn from the model", replace(test_set, inputs=drawn, targets=drawn), z),
     ):
         nll = compare(model, images, args.chains, args.temperatures, known)
         print(f"{len(images.inputs)} {name}, -log p(x) in nats per image")

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets are read and downloaded")
     args = parser.parse_args()
     opened = evaluate.open_run(args.run)
-    dataset = evaluate.open_test_data(opened.model, opened.checkpoint, opened.path, args.data_dir)
+    dataset = opened.test_data(data_dir=args.data_dir)
     images, labels = dataset.test_images[: args.images], dataset.test_labels[: args.images]
     if images.shape[2] != images.shape[3]:
         raise utils.UserError("the images must be square, so that they can be turned")
@@ -55,7 +55,7 @@ def main() -> None:
         metrics = evaluate.evaluate(opened.model, images, opened.binarize, args.nll_samples, labels=labels)
         if metrics["nll"] is None:
             raise utils.UserError("the model has no likelihood of the targets that it was trained on")
-        return torch.tensor(metrics["nll_per_image"])
+        return metrics["per_image"].nll
 
     usual = nll_of(images)
     print(f"{opened.path}: {len(images):,} test images, nll {usual.mean():.2f}")

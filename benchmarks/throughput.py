@@ -352,10 +352,10 @@ def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     """nll of 1,000 training images with 1,000 samples, compiled and not, and its decoder's matrix products alone."""
     images, labels, num_samples = dataset.train_images[:1000], dataset.train_labels[:1000], 1000
     model = make_vae(dataset, args).to(args.device).requires_grad_(False)
-    test_set = measure.Examples(*data.binarize_test_set(images.to(args.device), "dynamic"), labels.to(args.device))
+    test_set = measure.to_test_set(images.to(args.device), labels.to(args.device), "dynamic")
     device = torch.device(args.device)
     rows = math.prod(measure.BLOCKS[device.type])
-    precision = measure.nll_precision(device)
+    precision = measure.nll_precision(model, test_set)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     weights = [layer.weight.to(dtype) for layer in model.decoder.children()]
     inputs = [weight.new_empty(rows, weight.shape[1]).normal_() for weight in weights]
@@ -366,7 +366,7 @@ def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
 
     def estimate(weigh: measure.Weigh) -> float:
         start = time.perf_counter()
-        measure.estimate_nll(model, test_set, num_samples, weigh=weigh).sum().item()
+        measure.estimate_nll(model, test_set, num_samples, weigh=weigh)[0].sum().item()
         return time.perf_counter() - start
 
     def products() -> float:

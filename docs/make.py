@@ -26,10 +26,11 @@ from torch import Tensor, nn
 import runs
 import utils
 from data import ImageData, load_dataset
-from evaluate import check_images, open_test_data
+from evaluate import open_run
 from experiments.convolutional import Block, ConvDecoder
+from measure import check_images
 from model import VAE, Decoder, Encoder, LatentZ, kl_by_latent
-from pictures import class_colors, describe, in_turn, tile
+from pictures import class_colors, describe, one_of_each_class, tile
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -58,10 +59,10 @@ def make_index(weights: Path) -> str:
     digits = replace(digits, name="mnist", test_images=images, test_labels=labels)
     for role, (name, what) in MODELS.items():
         models[role], checkpoint = runs.load_checkpoint(weights / f"{name}.pt")
-        caption = describe(digits, checkpoint["options"]["binarize"], models[role], checkpoint["epoch"])
+        caption = describe(models[role], "mnist", checkpoint["options"]["binarize"], checkpoint["epoch"])
         notes.append(f"{what}: {caption}.")
     emoji, (model, checkpoint) = read_emoji(), runs.load_checkpoint(weights / "emoji.pt")
-    caption = describe(emoji, checkpoint["options"]["binarize"], model, checkpoint["epoch"])
+    caption = describe(model, emoji.name, checkpoint["options"]["binarize"], checkpoint["epoch"])
     notes.append(f"Emoji: {caption}. They are those of Noto Color Emoji, under the SIL Open Font License 1.1.")
     return make_page("A latent space to touch", [*NOTES, *notes], models, digits, (model, emoji))
 
@@ -88,11 +89,11 @@ def read_emoji() -> ImageData:
 
 def explore(path: Path, data_dir: str) -> str:
     """The page of a checkpoint file and its run's test images. Raises UserError as make_explorer does."""
-    model, checkpoint = runs.load_checkpoint(path)
-    dataset = open_test_data(model, checkpoint, path, data_dir)
-    binarize = checkpoint.get("options", {}).get("binarize", "dynamic")  # other repositories' checkpoints have none
-    caption = describe(dataset, binarize, model, checkpoint.get("epoch"))
-    return make_explorer(model, dataset, caption)
+    opened = open_run(path, device="cpu")
+    dataset = opened.test_data(data_dir=data_dir)
+    epoch = opened.checkpoint.get("epoch")
+    caption = describe(opened.model, dataset.name, opened.binarize, epoch, dataset.num_held_out)
+    return make_explorer(opened.model, dataset, caption)
 
 
 def make_explorer(model: VAE, dataset: ImageData, caption: str) -> str:
@@ -126,7 +127,7 @@ def make_page(
     """
     from matplotlib.colors import to_hex
 
-    chosen = in_turn(dataset.test_labels.tolist(), 2000)
+    chosen = one_of_each_class(dataset.test_labels.tolist(), 2000)
     images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
     content = {
         "title": title,

@@ -16,7 +16,7 @@ import runs
 import step
 import train
 from benchmarks import convolutions, likelihood, throughput
-from data import ImageData, binarize
+from data import ImageData, inputs_and_targets
 from model import VAE
 from tests.conftest import processes
 
@@ -79,7 +79,7 @@ def test_tricks_can_be_done_without(measure: Callable):
         assert train.STEPS_AT_ONCE == 1
         options = options.resolve(dataset, VAE.for_data(dataset, options.resolve(dataset)))
         assert (options.compile, options.precision) == (False, "highest")
-        sample, _ = binarize(images, "dynamic")
+        sample, _ = inputs_and_targets(images, "dynamic")
         assert sample.mean().item() == pytest.approx(64 / 255, abs=0.01)
         assert len(throughput.data.draw_bits(images.shape, images.device).unique()) > 39_000  # of 2^16, 30,000
     assert train.STEPS_AT_ONCE == 8

@@ -16,7 +16,7 @@ import torch
 from torchvision import datasets
 from torchvision.datasets import CIFAR10
 
-from data import DataUnavailable, ImageData, binarize, binarize_test_set, load_dataset
+from data import DataUnavailable, ImageData, binarize_test_set, inputs_and_targets, load_dataset
 from utils import UserError
 
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist-digits": "EMNIST"}
@@ -212,13 +212,13 @@ def test_file_of_other_content(part: str, data: bytes, tmp_path: Path, no_networ
 def test_dynamic_samples_with_the_gray_values_probability():
     gray = torch.arange(256, dtype=torch.uint8)
     images = gray.expand(20_000, 256)
-    inputs, targets = binarize(images, "dynamic")
+    inputs, targets = inputs_and_targets(images, "dynamic")
     assert torch.equal(inputs, targets)
     assert set(inputs.unique().tolist()) == {0.0, 1.0}
     p = gray / 255
     tolerance = 5 * (p * (1 - p) / len(images)).sqrt()
     assert torch.all((inputs.mean(0) - p).abs() <= tolerance)  # 0 and 255 exactly
-    again, _ = binarize(images, "dynamic")
+    again, _ = inputs_and_targets(images, "dynamic")
     assert not torch.equal(inputs, again)
 
 
@@ -226,15 +226,15 @@ def test_black_and_white_pixels_are_never_flipped():
     images = torch.tensor([[0, 255]], dtype=torch.uint8)
     for draw in (-32768, 0, 32767):  # the smallest, the middle and the largest of all 16-bit numbers
         bits = torch.full((1, 2), draw, dtype=torch.int16)
-        assert binarize(images, "dynamic", bits=bits)[0].tolist() == [[0, 1]]
+        assert inputs_and_targets(images, "dynamic", bits=bits)[0].tolist() == [[0, 1]]
 
 
 def test_threshold_and_none():
     images = torch.tensor([[0, 127, 128, 255]], dtype=torch.uint8)
-    inputs, targets = binarize(images, "threshold")
+    inputs, targets = inputs_and_targets(images, "threshold")
     assert inputs.tolist() == (images / 255).tolist()
     assert targets.tolist() == [[0, 0, 1, 1]]
-    inputs, targets = binarize(images, "none")
+    inputs, targets = inputs_and_targets(images, "none")
     assert torch.equal(inputs, images / 255)
     assert torch.equal(targets, images / 255)
 
@@ -242,9 +242,9 @@ def test_threshold_and_none():
 def test_what_cannot_be_binarized():
     images = torch.zeros(1, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="mode"):
-        binarize(images, "sometimes")
+        inputs_and_targets(images, "sometimes")
     with pytest.raises(UserError, match=r"float32: .*255 \* x"):
-        binarize(images / 255, "none")
+        inputs_and_targets(images / 255, "none")
 
 
 def test_the_test_set_has_the_sample_that_figures_were_published_for(digits: ImageData):

@@ -17,7 +17,7 @@ import measure
 import pictures
 import runs
 import train
-from data import ImageData, binarize
+from data import ImageData, inputs_and_targets
 from measure import Examples, make_test_set
 from model import VAE, loss_criterion
 from tests.conftest import thinned
@@ -34,7 +34,9 @@ def fit(data: ImageData) -> VAE:
     vae = VAE(data.input_size, 64, 2)
     adam = torch.optim.Adam(vae.parameters(), lr=3e-3)
     for _ in range(300):
-        x, _ = binarize(data.train_images[torch.randint(len(data.train_images), (128,))].flatten(1), "dynamic")
+        x, _ = inputs_and_targets(
+            data.train_images[torch.randint(len(data.train_images), (128,))].flatten(1), "dynamic"
+        )
         x_hat, logvar, mu, _ = vae(x)
         adam.zero_grad()
         loss_criterion(x_hat, x, logvar, mu).backward()

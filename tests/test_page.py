@@ -694,5 +694,5 @@ def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_pat
     content = make.explore(run / "checkpoint.pt", "data")
     held = load_dataset(str(few_digits), hold_out=60)
     labels = json.loads(re.search(r'"labels":(\[[\d,]*\])', content)[1])
-    assert labels == [int(held.test_labels[i]) for i in pictures.in_turn(held.test_labels.tolist(), 2000)]
+    assert labels == [int(held.test_labels[i]) for i in pictures.one_of_each_class(held.test_labels.tolist(), 2000)]
     assert "60 held-out training images" in content

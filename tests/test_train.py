@@ -66,10 +66,10 @@ def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, at_once: int,
     model = VAE(784, 16, 3).double()
     reference, average = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False)
 
-    def binarize(images: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs_and_targets(images: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         return (torch.bernoulli(images.double() / 255),) * 2
 
-    monkeypatch.setattr(train, "binarize", binarize)
+    monkeypatch.setattr(train, "inputs_and_targets", inputs_and_targets)
     monkeypatch.setattr(train, "STEPS_AT_ONCE", at_once)
     ours = train.Adam(model.parameters(), options.lr)
     steps = train.make_steps(model, ours, images, labels, options)
@@ -82,7 +82,7 @@ def test_epochs_are_plain_adam_on_the_criterion(digits: ImageData, at_once: int,
         batches = torch.randperm(len(images)).split(128)
         for first in range(0, 4, at_once):
             gathered = batches[first : first + at_once]
-            pixels, _ = binarize(images[torch.cat(gathered)], "")
+            pixels, _ = inputs_and_targets(images[torch.cat(gathered)], "")
             for batch, x in zip(gathered, pixels.split([len(batch) for batch in gathered]), strict=True):
                 x_hat, logvar, mu, _ = reference(x)
                 kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum()

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import runs
 import utils
-from evaluate import evaluate, open_test_data
+from evaluate import evaluate, open_run
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("model", "class", "options", "checksum", "epoch")
+KEPT = ("model", "class", "shape", "classes", "options", "checksum", "labels_checksum", "epoch")
 
 
 @utils.command
@@ -27,13 +27,14 @@ def main() -> None:
     path = Path(__file__).parent / f"{args.name}.pt"
     if path.exists():
         raise utils.UserError(f"{path} exists: delete it first")
-    whole, checkpoint = runs.load_checkpoint(args.run)
+    opened = open_run(args.run, device="cpu")
+    whole, checkpoint = opened.model, opened.checkpoint
     if missing := [name for name in KEPT if name not in checkpoint]:
         raise utils.UserError(f"{args.run} is not a run of train.py: it lacks {', '.join(missing)}")
     options, halved = checkpoint["options"], copy.deepcopy(whole)
     half = {name: tensor.half() for name, tensor in checkpoint["model_state_dict"].items()}
     halved.load_state_dict(half)
-    dataset = open_test_data(whole, checkpoint, runs.checkpoint_path(args.run), args.data_dir)
+    dataset = opened.test_data(data_dir=args.data_dir)
     before, after = (
         evaluate(model, dataset.test_images, options["binarize"], labels=dataset.test_labels)
         for model in (whole, halved)
