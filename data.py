@@ -54,7 +54,8 @@ class ImageData:
         if not all(isinstance(text, str) for text in (self.name, *self.classes)):
             raise UserError("the names of a data set and of its classes must be strings")
         for part in ("train", "test"):
-            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            images = getattr(self, f"{part}_images")
+            labels = getattr(self, f"{part}_labels")
             check_bytes(images, f"the {part} images of {self.name}")
             if images.dim() == 3:
                 images = images[:, None]
@@ -357,7 +358,8 @@ def find_halves(folder: Path) -> list[Path]:
     """A folder's training and test (or else validation) folders, or the folder itself if it lacks one of them."""
     folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]
     by_kind = {match[1].lower(): path for path in folders if (match := SPLIT.fullmatch(path.name))}
-    train, test = by_kind.get("train"), by_kind.get("test", by_kind.get("val"))
+    train = by_kind.get("train")
+    test = by_kind.get("test", by_kind.get("val"))
     return [train, test] if train and test else [folder]
 
 

@@ -122,7 +122,8 @@ def encode(model: VAE, test_set: TestSet, batch_size: int = 1000) -> PerImage:
     """The posterior of each image and the negative ELBO's two terms, with one draw of z."""
     parts = []
     for inputs, targets, y in test_set.batches(batch_size):
-        q, p = model.posterior(model.check(inputs), y), model.prior(y)
+        q = model.posterior(model.check(inputs), y)
+        p = model.prior(y)
         z = q.rsample()
         reconstruction = -model.likelihood(z, y).log_prob(targets.flatten(1))
         kl = kl_divergence(q, p, z)
@@ -164,7 +165,8 @@ def estimate_nll(
     torch.manual_seed(seed)
     with matmul_precision(precision, device):
         for inputs, targets, y in tqdm(batches, desc="nll", unit=" batches", leave=False, disable=None):
-            q, p = model.posterior(model.check(inputs), y), model.prior(y)
+            q = model.posterior(model.check(inputs), y)
+            p = model.prior(y)
             total = torch.tensor(-math.inf, device=device)
             for start in range(0, num_samples, samples):
                 n = min(samples, num_samples - start)
@@ -200,7 +202,8 @@ def make_weigh(model: VAE, test_set: TestSet, num_images: int, num_samples: int)
         return weigh
     inputs, targets, y = next(test_set.batches(batch_size))
     with matmul_precision(nll_precision(model, test_set), device):
-        q, p = model.posterior(model.check(inputs), y), model.prior(y)
+        q = model.posterior(model.check(inputs), y)
+        p = model.prior(y)
 
         def outcome(weigh: Weigh) -> Outcome:
             return try_out(lambda: weigh(q, p, targets, y), [])
@@ -221,7 +224,8 @@ def possible_precision(model: VAE, batch: Sequence[Tensor], precision: str) -> s
         inputs, targets, y = batch
         try:
             with torch.no_grad(), matmul_precision(precision, inputs.device):
-                q, p = model.posterior(model.check(inputs), y), model.prior(y)
+                q = model.posterior(model.check(inputs), y)
+                p = model.prior(y)
                 model.log_importance_weights(q, p, targets, 2, y)
         except RuntimeError as error:
             warn_slower("products are not of bfloat16", error)
@@ -287,7 +291,8 @@ def check_model(model: VAE, dataset: ImageData, binarize: str, batch_size: int) 
     inputs, targets, y = (part.to(device) for part in example(dataset, binarize))
     targets = targets.flatten(1)
     try:
-        q, p = model.posterior(model.check(inputs), y), model.prior(y)
+        q = model.posterior(model.check(inputs), y)
+        p = model.prior(y)
         z = q.rsample((3,))
         likelihood = model.likelihood(z, y)
         found = {

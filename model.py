@@ -49,7 +49,8 @@ class DiagonalNormal(Distribution):
     has_rsample = True
 
     def __init__(self, mu: Tensor, logvar: Tensor):
-        self.mu, self.logvar = _at_least_float32(mu), _at_least_float32(logvar)
+        self.mu = _at_least_float32(mu)
+        self.logvar = _at_least_float32(logvar)
         super().__init__(mu.shape[:-1], mu.shape[-1:], validate_args=False)
 
     @property
@@ -83,7 +84,8 @@ class BernoulliPixels(Independent):
         factors = 1
         while not torch.is_grad_enabled() and factors < 16 and normalizer.shape[-1] % 2 == 0:
             first, last = normalizer.chunk(2, -1)
-            normalizer, factors = first * last, 2 * factors  # products have fewer logarithms, but slower gradients
+            normalizer = first * last  # products have fewer logarithms, but slower gradients
+            factors = 2 * factors
         return ((x - 0.5) * logits - 0.5 * size).sum(-1) - torch.log(normalizer).sum(-1)
 
 
@@ -113,7 +115,8 @@ class DiscretizedLogistic(Distribution):
     support = EightBits()
 
     def __init__(self, loc: Tensor, log_scale: Tensor):
-        self.loc, self.scale = loc.clamp(-1e6, 1e6), torch.exp(log_scale.clamp(-7, 7))
+        self.loc = loc.clamp(-1e6, 1e6)
+        self.scale = torch.exp(log_scale.clamp(-7, 7))
         super().__init__(torch.broadcast_shapes(loc.shape, log_scale.shape), validate_args=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -121,7 +124,9 @@ class DiscretizedLogistic(Distribution):
 
         With the standard logistic's distribution function F, F(a) - F(b) = F(a) F(-b) (1 - exp(b - a)).
         """
-        level, loc, scale = (255 * x).round(), 255 * self.loc, 255 * self.scale
+        level = (255 * x).round()
+        loc = 255 * self.loc
+        scale = 255 * self.scale
         at_most = _log_sigmoid((level + 0.5 - loc) / scale)  # log P(X <= x)
         at_least = _log_sigmoid((loc - (level - 0.5)) / scale)  # log P(X >= x)
         inside = at_most + at_least + torch.log(-torch.expm1(-1 / scale))
@@ -130,8 +135,9 @@ class DiscretizedLogistic(Distribution):
     @property
     def mean(self) -> Tensor:
         """(...): of the logistic clipped to [0, 1], which is the integral of P(X > t) over t from 0 to 1."""
-        loc, scale = self.loc, self.scale
-        return (scale * (F.softplus(loc / scale) - F.softplus((loc - 1) / scale))).clamp(0, 1)
+        below = F.softplus(self.loc / self.scale)
+        above = F.softplus((self.loc - 1) / self.scale)
+        return (self.scale * (below - above)).clamp(0, 1)
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
@@ -294,7 +300,8 @@ class VAE(nn.Module):
         and reconstruction + beta * kl weighs the KL (Higgins et al. 2017). With the default likelihood, the first term
         is the binary cross-entropy, computed from logits so that no probability rounds to 0 or 1.
         """
-        q, p = self.posterior(self.check(x), y), self.prior(y)
+        q = self.posterior(self.check(x), y)
+        p = self.prior(y)
         z = q.rsample()
         reconstruction = -self.likelihood(z, y).log_prob(targets.flatten(1))
         return reconstruction, kl_divergence(q, p, z)
@@ -314,7 +321,8 @@ class VAE(nn.Module):
 
         Each is (B,), in nats, of num_samples draws of z for each image.
         """
-        q, p = self.posterior(self.check(inputs), y), self.prior(y)
+        q = self.posterior(self.check(inputs), y)
+        p = self.prior(y)
         log_weights = self.log_importance_weights(q, p, targets, num_samples, y)
         return nll_from_log_weights(log_weights), -log_weights.mean(0)
 
@@ -382,7 +390,7 @@ def loss_criterion(inputs: Tensor, targets: Tensor, logvar: Tensor, mu: Tensor) 
     scalar, in nats for the whole batch. Averaging the cross-entropy over the pixels would make the KL D times too
     heavy, and every reconstruction the same blob.
     """
-    inputs, logvar, mu = _at_least_float32(inputs), _at_least_float32(logvar), _at_least_float32(mu)
+    inputs, logvar, mu = map(_at_least_float32, (inputs, logvar, mu))
     bce = F.binary_cross_entropy(inputs, targets.reshape(inputs.shape).to(inputs.dtype), reduction="sum")
     return bce - 0.5 * torch.sum(1 + logvar - mu**2 - logvar.exp())
 

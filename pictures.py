@@ -54,8 +54,10 @@ def draw_interpolations(model: VAE, test_set: TestSet, mu: Tensor, caption: str)
     """Walks between test images' posterior means mu (N, latent_size), of different classes if there are any."""
     ends = one_of_each_class(test_set.labels.tolist(), 10, backwards=True)
     half = len(ends) // 2
-    first, last = ends[:half], ends[-half:]
-    y1, y2 = test_set.labels[first], test_set.labels[last]
+    first = ends[:half]
+    last = ends[-half:]
+    y1 = test_set.labels[first]
+    y2 = test_set.labels[last]
     shares = [step / 10 for step in range(11)]
     z = torch.stack([torch.lerp(mu[first], mu[last], share) for share in shares], 1)  # (half, 11, latent_size)
     y = torch.stack([y1 if share < 0.5 else y2 for share in shares], 1)
@@ -74,10 +76,12 @@ def draw_latent_space(test_set: TestSet, mu: Tensor, caption: str) -> "Figure":
 
     Above two latents, they are shown by their first two principal components.
     """
-    means, labels = mu.float().cpu(), test_set.labels.cpu()
+    means = mu.float().cpu()
+    labels = test_set.labels.cpu()
     names = ["$z_1$", "$z_2$"]
     if means.shape[1] == 1:
-        means, names = torch.cat([means, labels[:, None]], 1), ["$z_1$", "class"]
+        means = torch.cat([means, labels[:, None]], 1)
+        names = ["$z_1$", "class"]
     elif means.shape[1] > 2:
         means = means - means.mean(0)
         _, singular_values, directions = torch.linalg.svd(means, full_matrices=False)
@@ -86,7 +90,8 @@ def draw_latent_space(test_set: TestSet, mu: Tensor, caption: str) -> "Figure":
         names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
     classes = test_set.classes
-    num_classes, colors = len(classes), class_colors(len(classes))
+    num_classes = len(classes)
+    colors = class_colors(num_classes)
     axes.scatter(*means.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
     for name, color in zip(classes[:40], colors, strict=False):  # the legend has room for as many
         axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _
@@ -127,7 +132,8 @@ def draw_traversals(model: VAE, test_set: TestSet, mu: Tensor, kl_by_latent: Ten
     deviations = torch.arange(-3.0, 4.0, device=mu.device)
     images = decode_traversals(model, mu[:1], order, deviations, test_set.labels[:1])
     title = f"One latent at a time moved over the prior, around a test image\n{caption}"
-    rows, columns = [f"latent {i + 1}" for i in order], [f"{value:.0f}" for value in deviations.tolist()]
+    rows = [f"latent {i + 1}" for i in order]
+    columns = [f"{value:.0f}" for value in deviations.tolist()]
     figure = draw_tiles(images, len(order), test_set.shape, title, rows, columns)
     figure.axes[0].set_xlabel("standard deviations of the prior")
     return figure

@@ -1,7 +1,6 @@
 """Run folders and checkpoints: where a run's results are, and how they are written and read again."""
 
 import contextlib
-import errno
 import importlib.util
 import io
 import os
@@ -29,22 +28,11 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            sync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)  # a full disk does not say so itself
         raise
-
-
-def sync(descriptor: int) -> None:
-    """Waits until a file is on the disk, if its file system can say so. Raises OSError."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network mounts do
-            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +152,7 @@ def find_class(name: str) -> type[VAE]:
     """The class in experiments/ that a checkpoint names, or else VAE. Imports no other class that a file names."""
     name = name.rpartition(".")[2]
     for path in sorted((Path(__file__).parent / "experiments").glob("*.py")):
-        if re.search(rf"^class {re.escape(name)}\(\w*VAE\):", path.read_text(encoding="utf-8"), re.MULTILINE):
+        if re.search(rf"^class {re.escape(name)}\([\w, ]*VAE\):", path.read_text(encoding="utf-8"), re.MULTILINE):
             return getattr(importlib.import_module(f"experiments.{path.stem}"), name)
     return VAE
 
@@ -176,7 +164,8 @@ def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         # A tensor that is not contiguous may repeat one value, and so claim any size
         is_whole = isinstance(tensor, Tensor) and tensor.is_contiguous() and not tensor.is_meta
-        shape, dtype = like[name].shape, like[name].dtype
+        shape = like[name].shape
+        dtype = like[name].dtype
         if not is_whole or tensor.shape != shape or tensor.is_floating_point() != dtype.is_floating_point:
             raise ValueError(f"its {name} is not a tensor of shape {tuple(shape)} and type {dtype}")
 
@@ -206,7 +195,7 @@ def checkpoint_path(run: str | Path) -> Path:
 def newest_run(out_dir: str | Path) -> Path:
     """The run folder with the highest number that has a checkpoint, and so has finished an epoch.
 
-    Says so if a newer run has none. Raises UserError if there is no such run, or if a copy has the same number.
+    Says so if a newer run has none. Raises UserError if there is no such run.
     """
     runs = sorted(numbered_runs(Path(out_dir)), reverse=True)
     finished = [(number, run) for number, run in runs if (run / "checkpoint.pt").is_file()]
@@ -215,27 +204,21 @@ def newest_run(out_dir: str | Path) -> Path:
             f"no checkpoint at {out_dir}, nor in a run there: a run writes its first after an epoch; train one with "
             "python train.py"
         )
-    newest, *copies = sorted(run for number, run in finished if number == finished[0][0])
-    if copies:
-        raise UserError(f"{newest} and {copies[0]} have the same number: name the one you mean")
     if runs[0][0] > finished[0][0]:
-        print(f"{runs[0][1]} has not finished an epoch yet; taking {newest}", file=sys.stderr)
-    return newest
+        print(f"{runs[0][1]} has not finished an epoch yet; taking {finished[0][1]}", file=sys.stderr)
+    return finished[0][1]
 
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
     """Makes out_dir/NNN-dataset-zLATENT, numbered after the highest there is. Raises OSError."""
     out_dir = Path(out_dir)
     dataset = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]', "_", dataset)[:60]
-    out_dir.mkdir(parents=True, exist_ok=True)
     while True:
         number = 1 + max((number for number, _ in numbered_runs(out_dir)), default=0)
-        claim = out_dir / f"{number:03d}"
-        with contextlib.suppress(FileExistsError):  # only one of several runs that start at once makes this folder
-            claim.mkdir()
-            if [run for taken, run in numbered_runs(out_dir) if taken == number] == [claim]:
-                return claim.rename(f"{claim}-{dataset}-z{latent_size}")
-            claim.rmdir()
+        folder = out_dir / f"{number:03d}-{dataset}-z{latent_size}"
+        with contextlib.suppress(FileExistsError):  # another run that has started at the same time has made it
+            folder.mkdir(parents=True)
+            return folder
 
 
 def numbered_runs(out_dir: Path) -> list[tuple[int, Path]]:

@@ -205,16 +205,12 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
     """Polynomial-decay averaging of the weights (Shamir & Zhang 2013, arXiv 1212.1824), after `count` updates.
 
     It does what a falling learning rate does without knowing when training ends, because the average leans on the last
-    tenth or so of all steps, however many there were. Buffers of floats, such as the statistics of a normalization, are
-    averaged like the weights; other buffers are copied.
+    tenth or so of all steps, however many there were. Buffers are copied, because a mean of unit vectors, say, is none.
     """
     share = (eta + 1) / (count + 1 + eta)
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
-    for mean, buffer in zip(average.buffers(), model.buffers(), strict=True):
-        if buffer.is_floating_point():
-            mean.copy_(torch.where(buffer.isinf(), buffer, mean.lerp(buffer, share)))  # a lerp of inf would be nan
-        else:
-            mean.copy_(buffer)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)
 
 
 def test_epoch(

@@ -120,18 +120,19 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             return main(*args, **kwargs)
         except (UserError, UnicodeError) as error:
-            message, code = f"error: {one_line(error)}", 2
+            message = one_line(error)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            message, code = f"error: {where}{error.strerror or one_line(error)}", 2
+            message = where + (error.strerror or one_line(error))
         except (RuntimeError, MemoryError) as error:
             if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory|overflow", str(error))):
                 raise
-            message, code = f"error: out of memory, try smaller sizes ({one_line(error)})", 2
+            message = f"out of memory, try smaller sizes ({one_line(error)})"
         except KeyboardInterrupt:
-            message, code = "interrupted", 130
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        sys.exit(code)
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+            sys.exit(130)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
 
     return wrapped
 

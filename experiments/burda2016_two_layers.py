@@ -12,20 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from data import ImageData
-from experiments.burda2016 import SIZES, TRAINING, initialize, learning_rate
+from experiments.burda2016 import SIZES, TRAINING, BurdaVAE, learning_rate
 from experiments.two_layers import TwoLayerVAE
-from options import Options
 
 
-class BurdaTwoLayerVAE(TwoLayerVAE):
+class BurdaTwoLayerVAE(BurdaVAE, TwoLayerVAE):
     """A TwoLayerVAE with the paper's initial weights."""
-
-    @classmethod
-    def for_data(cls, dataset: ImageData, options: Options) -> "BurdaTwoLayerVAE":
-        model = super().for_data(dataset, options)
-        initialize(model, dataset.train_images.flatten(1))
-        return model
 
 
 if __name__ == "__main__":

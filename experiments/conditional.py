@@ -29,10 +29,12 @@ class ConditionalVAE(VAE):
     def __init__(self, input_size: int = 784, num_classes: int = 10, **sizes: int | str):
         super().__init__(input_size, **sizes)
         config = self.config
-        hidden_size, latent_size, activation = config["hidden_size"], config["latent_size"], config["activation"]
-        self.encoder = Encoder(input_size + num_classes, hidden_size, config["encoder_layers"], activation)
-        self.decoder = Decoder(latent_size + num_classes, hidden_size, input_size, config["decoder_layers"], activation)
         config["num_classes"] = num_classes
+        hidden_size = config["hidden_size"]
+        to_encoder = input_size + num_classes
+        to_decoder = config["latent_size"] + num_classes
+        self.encoder = Encoder(to_encoder, hidden_size, config["encoder_layers"], config["activation"])
+        self.decoder = Decoder(to_decoder, hidden_size, input_size, config["decoder_layers"], config["activation"])
 
     @classmethod
     def for_data(cls, dataset: ImageData, options: Options, **more: int) -> "ConditionalVAE":

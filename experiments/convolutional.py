@@ -28,8 +28,10 @@ class Block(nn.Module):
     def __init__(self, width: int, activation: str):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.conv1, self.conv2 = (nn.Conv2d(width, width, kernel_size=3, padding=1) for _ in range(2))
-        self.norm1, self.norm2 = (nn.GroupNorm(1, width) for _ in range(2))  # the same in training and in tests
+        self.conv1 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.norm1 = nn.GroupNorm(1, width)  # the same in training and in tests
+        self.norm2 = nn.GroupNorm(1, width)
         nn.init.zeros_(self.norm2.weight)  # at first, a block adds nothing
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,8 +58,10 @@ class ConvVAE(VAE):
     def __init__(self, input_size: int = 784, shape: tuple[int, int, int] = (1, 28, 28), width: int = 32, **sizes):
         super().__init__(input_size, **sizes)
         self.config |= {"shape": shape, "width": width}
-        hidden_size, activation = self.config["hidden_size"], self.config["activation"]
-        down, up = [nn.Unflatten(1, shape)], []
+        hidden_size = self.config["hidden_size"]
+        activation = self.config["activation"]
+        down = [nn.Unflatten(1, shape)]
+        up = []
         for before, after in ((shape[0], width), (width, 2 * width)):
             down += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1)]
             down += [Block(after, activation) for _ in range(self.config["encoder_layers"])]

@@ -23,13 +23,15 @@ from experiments.flow_prior import Coupling, Flow
 from model import VAE, DiagonalNormal
 
 
-class Bent(Distribution):
+class FlowPosterior(Distribution):
     """The distribution of z = mu + exp(logvar / 2) eps, with mu and logvar (B, latent_size) and eps from a flow."""
 
     has_rsample = True
 
     def __init__(self, normal: DiagonalNormal, noise: Flow):
-        self.mu, self.log_std, self.noise = normal.mu, 0.5 * normal.logvar, noise
+        self.mu = normal.mu
+        self.log_std = 0.5 * normal.logvar
+        self.noise = noise
         super().__init__(normal.batch_shape, normal.event_shape, validate_args=False)
 
     def rsample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
@@ -52,13 +54,14 @@ class FlowPosteriorVAE(VAE):
         super().__init__(input_size, **sizes)
         self.config |= {"num_couplings": num_couplings, "width": width}
         self.flow = nn.ModuleList(Coupling(self.config["latent_size"], width) for _ in range(num_couplings))
-        self.terms = nn.Linear(self.config["hidden_size"], num_couplings * width)  # one for each layer
+        self.contexts = nn.Linear(self.config["hidden_size"], num_couplings * width)  # one for each layer
 
     def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         hidden = self.encoder(x.flatten(1))
-        q, terms = self.latent_z.posterior(hidden), self.terms(hidden).chunk(len(self.flow), -1)
+        q = self.latent_z.posterior(hidden)
+        contexts = self.contexts(hidden).chunk(len(self.flow), -1)
         zeros = torch.zeros_like(q.mu)
-        return Bent(q, Flow(DiagonalNormal(zeros, zeros), self.flow, terms))
+        return FlowPosterior(q, Flow(DiagonalNormal(zeros, zeros), self.flow, contexts))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,19 @@ class Coupling(nn.Module):
 
     def __init__(self, latent_size: int, width: int):
         super().__init__()
-        self.first, last = nn.Linear(latent_size // 2, width), nn.Linear(width, 2 * (latent_size - latent_size // 2))
+        kept_size = latent_size // 2
+        self.first = nn.Linear(kept_size, width)
+        last = nn.Linear(width, 2 * (latent_size - kept_size))
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
         nn.init.zeros_(last.weight)  # so that at first, every z is scaled and shifted alike, and little
 
-    def forward(self, z: Tensor, term: Tensor | float, invert: bool = False) -> tuple[Tensor, Tensor]:
-        """z (..., latent_size) -> eps, log |det(d eps / dz)| (...), or back. term (B, width) adds to first's output."""
+    def forward(self, z: Tensor, context: Tensor | float, invert: bool = False) -> tuple[Tensor, Tensor]:
+        """z (..., latent_size) -> eps, log |det(d eps / dz)| (...), or back.
+
+        context (B, width) is added to first's output.
+        """
         other, kept = z.tensor_split(2, -1)
-        log_scale, shift = self.rest(self.first(kept) + term).to(z.dtype).chunk(2, -1)
+        log_scale, shift = self.rest(self.first(kept) + context).to(z.dtype).chunk(2, -1)
         log_scale = torch.tanh(log_scale)
         other = (other - shift) * torch.exp(-log_scale) if invert else other * torch.exp(log_scale) + shift
         return torch.cat([other, kept], -1), log_scale.sum(-1)
@@ -41,22 +46,25 @@ class Coupling(nn.Module):
 class Flow(Distribution):
     """The distribution of z that layers turn into draws of a base. Before each layer, the halves of z are swapped."""
 
-    def __init__(self, base: Distribution, layers: nn.ModuleList, terms: tuple[Tensor | float, ...]):
-        self.base, self.layers, self.terms, self.has_rsample = base, layers, terms, True
+    def __init__(self, base: Distribution, layers: nn.ModuleList, contexts: tuple[Tensor | float, ...]):
+        self.base = base
+        self.layers = layers
+        self.contexts = contexts
+        self.has_rsample = True
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> (...): the change of variables (Dinh et al. 2017, eq. 3)."""
         log_det = 0.0
-        for layer, term in zip(self.layers, self.terms, strict=True):
-            z, change = layer(z.roll(z.shape[-1] // 2, -1), term)
+        for layer, context in zip(self.layers, self.contexts, strict=True):
+            z, change = layer(z.roll(z.shape[-1] // 2, -1), context)
             log_det = log_det + change
         return self.base.log_prob(z) + log_det
 
     def invert(self, eps: Tensor) -> Tensor:
         """The z that become eps, both (..., latent_size)."""
-        for layer, term in zip(reversed(self.layers), reversed(self.terms), strict=True):
-            eps = layer(eps, term, invert=True)[0].roll(-(eps.shape[-1] // 2), -1)
+        for layer, context in zip(reversed(self.layers), reversed(self.contexts), strict=True):
+            eps = layer(eps, context, invert=True)[0].roll(-(eps.shape[-1] // 2), -1)
         return eps
 
     def rsample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:

@@ -24,7 +24,9 @@ from model import Encoder
 from options import Options
 from utils import UserError
 
-LABELS, ALPHA, GAMMA = 10, 32.0, 0.25  # labelled images of each class, and the weights of their losses
+LABELS = 10  # labelled images of each class
+ALPHA = 32.0  # weight of the classifier's loss
+GAMMA = 0.25  # weight of the labelled images' loss
 
 
 class SemiSupervisedVAE(ConditionalVAE):
@@ -32,22 +34,31 @@ class SemiSupervisedVAE(ConditionalVAE):
 
     def __init__(self, input_size: int = 784, num_classes: int = 10, **sizes: int | str):
         super().__init__(input_size, num_classes, **sizes)
-        hidden_size, *others = (self.config[name] for name in ("hidden_size", "encoder_layers", "activation"))
-        layers = Encoder(input_size, hidden_size, *others), nn.Dropout(), nn.Linear(hidden_size, num_classes)
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), *layers)
+        hidden_size = self.config["hidden_size"]
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            Encoder(input_size, hidden_size, self.config["encoder_layers"], self.config["activation"]),
+            nn.Dropout(),
+            nn.Linear(hidden_size, num_classes),
+        )
         self.register_buffer("labels", torch.arange(num_classes).repeat_interleave(LABELS))
         self.register_buffer("labelled", torch.zeros(num_classes * LABELS, input_size, dtype=torch.uint8))
 
     @classmethod
     def for_data(cls, dataset: ImageData, options: Options) -> "SemiSupervisedVAE":
-        num_classes = len(dataset.classes)
-        images = dataset.train_images.flatten(1)
-        y = dataset.train_labels
-        if (options.objective, options.likelihood, options.binarize or "dynamic") != ("elbo", "bernoulli", "dynamic"):
+        if (
+            options.objective != "elbo"
+            or options.likelihood != "bernoulli"
+            or options.binarize not in (None, "dynamic")
+        ):
             raise UserError("semi_supervised.py is for --objective elbo, --likelihood bernoulli and --binarize dynamic")
+        num_classes = len(dataset.classes)
+        y = dataset.train_labels
         if num_classes < 2 or y.bincount(minlength=num_classes).min() < LABELS:
             raise UserError(f"semi_supervised.py needs two or more classes, with {LABELS} or more images of each")
         model = super().for_data(dataset, options)
+        images = dataset.train_images.flatten(1)
         model.labelled.copy_(torch.cat([images[y == i][:LABELS] for i in range(num_classes)]))
         return model
 
@@ -55,31 +66,38 @@ class SemiSupervisedVAE(ConditionalVAE):
         self, inputs: Tensor, targets: Tensor, y: Tensor | None = None, kl_weight: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
         """The loss above, and U(x), each (B,). The labels y are not used."""
-        log_q = self.classifier(inputs).float().log_softmax(-1)  # (B, C)
-        num_classes = log_q.shape[1]
-        each = torch.arange(num_classes, device=inputs.device).repeat(len(inputs))
-        x, x_targets = inputs.repeat_interleave(num_classes, 0), targets.repeat_interleave(num_classes, 0)
-        reconstruction, kl = (term.view_as(log_q) for term in self.elbo_terms(x, x_targets, each))
-        q = log_q.exp()
-        reconstruction = (q * reconstruction).sum(1)
-        kl = (q * (kl + log_q + math.log(num_classes))).sum(1)
+        reconstruction, kl = self.unlabelled_terms(inputs, targets)
         labelled = torch.bernoulli(self.labelled / 255)
         with_label = sum(self.elbo_terms(labelled, labelled, self.labels)).mean()
         classification = F.cross_entropy(self.classifier(labelled).float(), self.labels)
-        return reconstruction + kl_weight * kl + GAMMA * with_label + ALPHA * classification, reconstruction + kl
+        loss = reconstruction + kl_weight * kl + GAMMA * with_label + ALPHA * classification
+        return loss, reconstruction + kl
+
+    def unlabelled_terms(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms of U(x), each (B,): means over q(y|x), and the KL also of q(y|x) to a uniform p(y)."""
+        log_q = self.classifier(inputs).float().log_softmax(-1)  # (B, C)
+        q = log_q.exp()
+        num_classes = log_q.shape[1]
+        every_y = torch.arange(num_classes, device=inputs.device).repeat(len(inputs))
+        inputs = inputs.repeat_interleave(num_classes, 0)
+        targets = targets.repeat_interleave(num_classes, 0)
+        reconstruction, kl = (term.view_as(log_q) for term in self.elbo_terms(inputs, targets, every_y))
+        return (q * reconstruction).sum(1), (q * (kl + log_q + math.log(num_classes))).sum(1)
 
 
 def report(model: SemiSupervisedVAE, dataset: ImageData) -> None:
     """Prints the classifier's error on gray images, beside that of one trained on the labelled images alone."""
-    alone = SemiSupervisedVAE(**model.config).to(model.labelled.device)
+    device = model.labelled.device
+    alone = SemiSupervisedVAE(**model.config).to(device)
     adam = torch.optim.Adam(alone.classifier.parameters())
     for _ in range(300):
         adam.zero_grad()
         F.cross_entropy(alone.classifier(torch.bernoulli(model.labelled / 255)), model.labels).backward()
         adam.step()
-    x, y = (values.to(model.labelled.device) for values in (dataset.test_images / 255, dataset.test_labels))
-    errors = [(each.eval().classifier(x).argmax(-1) != y).float().mean() for each in (model, alone)]
-    print("error on {:,} test images: {:.2%}; of a classifier on the labels alone: {:.2%}".format(len(y), *errors))
+    x = dataset.test_images.to(device) / 255
+    y = dataset.test_labels.to(device)
+    error, error_alone = ((each.eval().classifier(x).argmax(-1) != y).float().mean() for each in (model, alone))
+    print(f"error on {len(y):,} test images: {error:.2%}; of a classifier on the labels alone: {error_alone:.2%}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,10 @@ class Joint(Distribution):
     """The distribution of z = (z1, z2). Upwards, z1 is drawn first, and z2 given z1; otherwise z2, and z1 given z2."""
 
     def __init__(self, first: Distribution, second: Conditional, sizes: tuple[int, int], is_upwards: bool):
-        self.first, self.second, self.sizes, self.is_upwards = first, second, sizes, is_upwards
+        self.first = first
+        self.second = second
+        self.sizes = sizes
+        self.is_upwards = is_upwards
         super().__init__(first.batch_shape, (sum(sizes),), validate_args=False)
 
     def rsample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
@@ -48,7 +51,8 @@ class Joint(Distribution):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """(..., latent_size) -> (...)."""
-        first, second = z.split(self.sizes, -1) if self.is_upwards else reversed(z.split(self.sizes, -1))
+        z1, z2 = z.split(self.sizes, -1)
+        first, second = (z1, z2) if self.is_upwards else (z2, z1)
         return self.first.log_prob(first) + self.second(first).log_prob(second)
 
 
@@ -57,10 +61,16 @@ class TwoLayerVAE(VAE):
 
     def __init__(self, input_size: int = 784, **sizes: int | str):
         super().__init__(input_size, **sizes)
-        hidden, latent, activation = (self.config[name] for name in ("hidden_size", "latent_size", "activation"))
-        up, down, narrow = self.config["encoder_layers"], self.config["decoder_layers"], (hidden + 1) // 2
-        self.sizes = size1, size2 = latent - (latent + 1) // 3, (latent + 1) // 3
-        self.latent_z, self.decoder = LatentZ(hidden, size1), Decoder(size1, hidden, input_size, down, activation)
+        wide = self.config["hidden_size"]
+        narrow = (wide + 1) // 2
+        up = self.config["encoder_layers"]
+        down = self.config["decoder_layers"]
+        activation = self.config["activation"]
+        size2 = (self.config["latent_size"] + 1) // 3
+        size1 = self.config["latent_size"] - size2
+        self.sizes = (size1, size2)
+        self.latent_z = LatentZ(wide, size1)
+        self.decoder = Decoder(size1, wide, input_size, down, activation)
         self.up = Conditional(Encoder(size1, narrow, up, activation), LatentZ(narrow, size2))
         self.down = Conditional(Encoder(size2, narrow, down, activation), LatentZ(narrow, size1))
 
