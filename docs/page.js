@@ -126,8 +126,7 @@ function onDrag(element, start, move) {  // of a finger or the main button; plac
 
 const [across, up] = map.order;
 const dots = map.points.slice(0, 500);
-const stops = [...new Set(labels)].sort((a, b) => a - b)  // where each class is labelled, and a flight passes
-  .map(label => ({ label, mu: mostTypical(dots, labels, label) })).filter(({ mu }) => mu);
+const stops = map.typical.map(i => ({ label: labels[i], mu: map.points[i] }));  // each class's label, and Fly's way
 const onMap = mu => ({ x: 100 * mu[across], y: -100 * mu[up] });
 
 function makeMap(box) {

@@ -213,6 +213,21 @@ def test_nearest_class_and_paths(page: str, show: Callable[..., Browser]):
     torch.testing.assert_close(at[4], middle, atol=1e-5, rtol=0)
 
 
+def test_a_class_is_labelled_where_it_lies_and_is_drawn(digits: ImageData, show: Callable[..., Browser]):
+    """Most of the 50 digits nearest to the label in latent space, and to its image in pixels, are of the class."""
+    browser = show(PAGE)
+    script = "stops.map(stop => [stop.label, Array.from(stop.mu), Array.from(map.decode(stop.mu))])"
+    stops, places, decoded = (torch.tensor(values) for values in zip(*browser.run(script), strict=True))
+    x = torch.cat([digits.train_images, digits.test_images]).flatten(1) / 255
+    labels = torch.cat([digits.train_labels, digits.test_labels])
+    with torch.no_grad():
+        mu = runs.load_checkpoint(WEIGHTS / "2d.pt")[0].posterior(x).mean
+    assert stops.tolist() == list(range(10))
+    for at, among in ((places, mu), (decoded, x)):
+        nearest = labels[torch.cdist(at, among).topk(50, largest=False).indices]
+        assert (nearest == stops[:, None]).float().mean(1).min() > 0.5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawings
 
