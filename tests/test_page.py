@@ -310,6 +310,23 @@ def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[...,
     assert read == {digit: f"Looks like {digit}" for digit in drawn}
 
 
+def test_nothing_drawn_has_no_posterior(page: str, show: Callable[..., Browser]):
+    """Also while the last stroke is still to be read."""
+    browser = show(page)
+    shown = """[...document.querySelectorAll("#draw .cross, #draw .spread, #draw .latent")].filter(element =>
+        element.getClientRects().length && getComputedStyle(element, "::after").display !== "none").length"""
+    latents = 5
+    assert idle(browser, shown) == 3 + latents
+    browser.drag([browser.place("#pad", 0.4, 0.4), browser.place("#pad", 0.6, 0.6)])
+    browser.run("document.getElementById('clear').click()")
+    assert idle(browser, shown) == 0
+    assert not pixels(browser, "#rebuilt").any()
+    for element in ("rebuilt", "draw-map", "posterior"):
+        assert "nothing is drawn" in browser.run(f"document.getElementById('{element}').ariaLabel")
+    browser.drag([browser.place("#pad", 0.4, 0.4), browser.place("#pad", 0.6, 0.6)])
+    assert idle(browser, shown) == 3 + latents
+
+
 def pixels(browser: Browser, selector: str, rows: int = 0, colour: bool = False) -> Tensor:
     """A canvas, or its first rows: (H, W) in [0, 1], or (H, W, 3)."""
     data = browser.run(f"""(() => {{
