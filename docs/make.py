@@ -160,8 +160,9 @@ def _pictures(dataset: ImageData, images: Tensor, labels: Tensor) -> dict[str, A
 def most_typical(points: Tensor, labels: Tensor) -> list[int]:
     """The index of a point for each class in turn: where the class is dense, and has the place mostly to itself.
 
-    points: (N, latent_size), in the prior's standard deviations. labels: (N). The density of a class alone would be
-    highest where it overlaps others, and its share of all density highest at an outlier.
+    points: (N, latent_size), in the prior's standard deviations. labels: (N). A class may be densest where it overlaps
+    others, and its share of all density is highest at outliers. The share is squared, because it says more about what
+    the decoder draws there.
     """
     squared_distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") ** 2
     nearness = torch.exp(-squared_distances / (0.06 * points.shape[1]))

@@ -254,7 +254,7 @@ function startDraw() {
     else showAnswer(pixels, name);
   }
 
-  function showNothing(blank) {  // the encoder would place a blank image too, but nobody has asked it
+  function showNothing(blank) {  // although the encoder gives a blank image a posterior too
     show(byId("rebuilt"), blank, "No reconstruction: nothing is drawn");
     setText(byId("verdict"), "");
     byId("draw-map").ariaLabel = "Map without a place: nothing is drawn";
@@ -535,7 +535,7 @@ function startLoss() {
       yield;
     }
     setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs. The dotted line is where the ` +
-      "encoder put it; level lines are 40 nats apart.");
+      "encoder put it, and the solid line where it is now. Level lines are 40 nats apart.");
     setText(byId("traversal-text"), `What ${latentName(latent)} draws, from −3 to 3 standard deviations of the prior.`);
   }
 
