@@ -268,11 +268,13 @@ def verbatim(text: str) -> str:
 
 
 def class_colors(num_classes: int) -> list[Any]:
-    """A colour for each class; up to ten can be told apart by the colour-blind too (arXiv 2107.02270)."""
+    """A colour for each class. The colour-blind can tell up to ten apart too (arXiv 2107.02270)."""
     from matplotlib import color_sequences, colormaps
 
     if num_classes <= 10:
-        return list(color_sequences["petroff10"])[:num_classes]
+        colors = list(color_sequences["petroff10"])
+        colors[3], colors[8] = "#007a87", "#e699ff"  # not its two grays, which look alike in small dots
+        return colors[:num_classes]
     return list(colormaps["turbo"](torch.linspace(0, 1, num_classes).tolist()))
 
 
@@ -293,10 +295,10 @@ def describe(model: VAE, dataset: str, binarize: str, epoch: int | None = None, 
     return f"{kind}{dataset} {pixels}, {model.config['latent_size']} latents{after}{held_out}"
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes a figure as PNG, atomically. Raises OSError."""
+def save_figure(figure: "Figure", path: Path, notes: dict[str, str] | None = None) -> None:
+    """Writes a figure as PNG, atomically, with notes that the file carries unseen. Raises OSError."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=120, metadata=notes)
     runs.write_atomically(path, buffer.getvalue())
 
 

@@ -1,16 +1,14 @@
-"""Draws the README's diagrams: python assets/diagrams.py writes architecture.png and latent.png into assets/."""
+"""The README's diagrams, which assets/make.py draws."""
 
-import sys
-from pathlib import Path
+from itertools import pairwise, product
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from model import VAE, LatentZ
-from pictures import BLUE, GRAY, ORANGE, save_figure
+from pictures import BLUE, GRAY, ORANGE
 
 
 def draw_architecture(vae: VAE) -> Figure:
@@ -33,15 +31,15 @@ def draw_architecture(vae: VAE) -> Figure:
         (["x_hat\n" + str(size)], GRAY),
     ]
     figure, axes = _blank(1.55 * len(columns), 2.6)
+    boxes = []
     for i, (texts, color) in enumerate(columns):
-        for row, text in enumerate(texts):
-            y = 0.75 - 1.5 * row if len(texts) > 1 else 0
-            axes.text(i, y, text, ha="center", va="center", fontsize=9, bbox=_box(color))
-            for next_row in range(len(columns[i + 1][0]) if i + 1 < len(columns) else 0):
-                next_y = 0.75 - 1.5 * next_row if len(columns[i + 1][0]) > 1 else 0
-                _arrow(axes, (i + 0.36, y), (i + 0.66, next_y))
-    axes.text(3 + len(encoder) - 1, -1.35, "eps ~ N(0, I)", ha="center", fontsize=9, bbox=_box(GRAY))
-    _arrow(axes, (2 + len(encoder), -1.1), (2 + len(encoder), -0.5))
+        heights = (0.75, -0.75) if len(texts) > 1 else (0,)
+        boxes.append([_box(axes, i, y, text, color) for y, text in zip(heights, texts, strict=True)])
+    for before, after in pairwise(boxes):
+        for start, end in product(before, after):
+            _arrow(axes, start, end)
+    sampled = len(encoder) + 2
+    _arrow(axes, _box(axes, sampled, -1.35, "eps ~ N(0, I)", GRAY), boxes[sampled][0])
     spans = {"Encoder": (1, len(encoder)), "LatentZ": (len(encoder) + 1, len(encoder) + 2)}
     spans["Decoder"] = (len(encoder) + 3, len(encoder) + 2 + len(decoder))
     for name, (first, last) in spans.items():
@@ -81,16 +79,13 @@ def _blank(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _box(color: str) -> dict[str, Any]:
-    return {"boxstyle": "round,pad=0.4", "facecolor": color + "40", "edgecolor": color, "linewidth": 1.5}
+def _box(axes: Any, x: float, y: float, text: str, color: str) -> Text:
+    style = {"boxstyle": "round,pad=0.4", "facecolor": color + "40", "edgecolor": color, "linewidth": 1.5}
+    return axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=style)
 
 
-def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "black"})
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    folder = Path(__file__).parent
-    save_figure(draw_architecture(VAE()), folder / "architecture.png")
-    save_figure(draw_latent_variable(), folder / "latent.png")
+def _arrow(axes: Any, start: Text, end: Text) -> None:
+    """From the edge of a box to the edge of another."""
+    ends = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch(), "shrinkA": 0, "shrinkB": 0}
+    style = {"arrowstyle": "->", "color": "black"}
+    axes.annotate("", end.get_position(), start.get_position(), arrowprops=style | ends)

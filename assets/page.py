@@ -1,4 +1,4 @@
-"""Films docs/index.html in Chromium: python assets/page.py writes page.gif into assets/."""
+"""Films docs/index.html in Chromium, for assets/make.py."""
 
 import contextlib
 import io
@@ -210,11 +210,12 @@ def still(browser: Browser) -> bytes:
     return browser.screenshot()
 
 
-def main() -> None:
-    folder = Path(__file__).parent
+def draw(path: Path, comment: str) -> None:
+    """Writes the film as a GIF that carries the comment unseen. Raises FileNotFoundError without Chromium."""
+    index = Path(__file__).parent.parent / "docs" / "index.html"
     with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as browser:
         browser.resize(900, 630)
-        browser.open((folder.parent / "docs" / "index.html").as_uri())
+        browser.open(index.as_uri())
         browser.run(
             "new Promise(done => { const wait = () => jobs.size ? requestAnimationFrame(wait) : done(); wait(); })"
         )
@@ -227,9 +228,5 @@ def main() -> None:
         both.paste(frame, (0, i * frame.height))
     palette = both.quantize(240, Image.Quantize.MAXCOVERAGE)  # one for all: what stays still is stored once
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    options = {"duration": list(durations), "loop": 0, "optimize": True}
-    frames[0].save(folder / "page.gif", save_all=True, append_images=frames[1:], **options)
-
-
-if __name__ == "__main__":
-    main()
+    options = {"duration": list(durations), "loop": 0, "optimize": True, "comment": comment}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)

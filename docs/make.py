@@ -135,12 +135,12 @@ def make_page(
         "notes": notes,
         "colors": [to_hex(color) for color in class_colors(len(dataset.classes))],
         "pictures": _pictures(dataset, images[: max(10, min(100, 400_000 // dataset.input_size))], labels),
-        "models": {role: _page_model(model, images) for role, model in models.items()},
+        "models": {role: _page_model(model, images, labels) for role, model in models.items()},
     }
     if emoji:
         model, shown = emoji
         pictures = _pictures(shown, shown.test_images, shown.test_labels) | {"starts": STARTS}
-        content["emoji"] = {"pictures": pictures, "model": _page_model(model, shown.test_images)}
+        content["emoji"] = {"pictures": pictures, "model": _page_model(model, shown.test_images, shown.test_labels)}
     names = ("page.html", "page.css", "networks.js", "page.js")
     parts = {f"@{name}@": (ROOT / "docs" / name).read_text(encoding="utf-8") for name in names}
     parts["@data@"] = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")  # ends no script element
@@ -158,7 +158,25 @@ def _pictures(dataset: ImageData, images: Tensor, labels: Tensor) -> dict[str, A
     }
 
 
-def _page_model(model: VAE, images: Tensor) -> dict[str, Any]:
+def most_typical(points: Tensor, labels: Tensor) -> list[int]:
+    """The index of a point for each class in turn: where the class is dense, and has the place mostly to itself.
+
+    points: (N, latent_size), in the prior's standard deviations. labels: (N). A class may be densest where it overlaps
+    others, and its share of all density is highest at outliers. The share is squared, because it says more about what
+    the decoder draws there.
+    """
+    squared_distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    nearness = torch.exp(-squared_distances / (0.06 * points.shape[1]))
+    typical = []
+    for label in labels.unique():
+        own = (labels == label).nonzero().flatten()
+        density = nearness[own][:, own].sum(1)
+        share = density / nearness[own].sum(1)
+        typical.append(own[(density * share**2).argmax()].item())
+    return typical
+
+
+def _page_model(model: VAE, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """What docs/networks.js makes a model of. Without an Encoder, the page omits the sections that need one."""
     model = copy.deepcopy(model).cpu().double().requires_grad_(False)
     size, activation = model.config["latent_size"], model.config["activation"]
@@ -169,7 +187,7 @@ def _page_model(model: VAE, images: Tensor) -> dict[str, Any]:
         return content | {"prior": {"mu": _matrix(mixture.mu, 16), "std": _matrix(torch.exp(0.5 * mixture.logvar), 16)}}
     q = model.posterior(images.double() / 255)
     order = [0, 1] if size == 2 else kl_by_latent(q, model.prior()).mean(0).argsort(descending=True).tolist()
-    content |= {"order": order, "points": _matrix(q.mu, 16)}
+    content |= {"order": order, "points": _matrix(q.mu, 16), "typical": most_typical(q.mu, labels)}
     if model.config["likelihood"] == "logistic":
         scales, stds = torch.exp(model.log_scale), torch.exp(0.5 * q.logvar)
         content |= {"scales": _floats(scales), "stds": _matrix(stds, 16)}

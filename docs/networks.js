@@ -99,8 +99,8 @@ function logisticMean(logit, scale) {  // of the discretized logistic, one of mo
   return Math.max(0, Math.min(1, scale * (softplus(loc / scale) - softplus((loc - 1) / scale))));
 }
 
-function readModel({ size, order, activation, encoder, mu, logvar, decoder, scales, prior, points }) {
-  const activate = activations[activation], model = { size, order, points: points && readMatrix(points) };
+function readModel({ size, order, activation, encoder, mu, logvar, decoder, scales, prior, points, typical }) {
+  const activate = activations[activation], model = { size, order, points: points && readMatrix(points), typical };
   const byChannel = scales && readFloats(scales);
   model.logits = (decoder.layers ? readConvolutional : readFullyConnected)(decoder, activate);
   model.decode = z => {
@@ -169,13 +169,6 @@ function nearestClass(points, labels, z, count = 5) {  // by vote of the nearest
   }
   const number = label => votes.filter(other => other === label).length;
   return votes.reduce((best, label) => number(label) > number(best) ? label : best);
-}
-
-function mostTypical(points, labels, label) {  // -> the point of a class among most of its own, and least of others
-  const near = (a, b) => Math.exp(-squaredDistance(a, b) / (0.12 * a.length));
-  const score = a => sum(points.map((b, i) => labels[i] === label ? near(a, b) : -near(a, b)));
-  const own = points.filter((_, i) => labels[i] === label), scores = own.map(score);
-  return own[scores.indexOf(Math.max(...scores))];
 }
 
 function closedPath(stops, t) {  // a Catmull-Rom curve through all stops and back, which is at stops[i] for t = i

@@ -126,8 +126,7 @@ function onDrag(element, start, move) {  // of a finger or the main button; plac
 
 const [across, up] = map.order;
 const dots = map.points.slice(0, 500);
-const stops = [...new Set(labels)].sort((a, b) => a - b)  // where each class is labelled, and a flight passes
-  .map(label => ({ label, mu: mostTypical(dots, labels, label) })).filter(({ mu }) => mu);
+const stops = map.typical.map(i => ({ label: labels[i], mu: map.points[i] }));  // each class's label, and Fly's way
 const onMap = mu => ({ x: 100 * mu[across], y: -100 * mu[up] });
 
 function makeMap(box) {
@@ -165,6 +164,7 @@ function* drawManifold(canvases, tiles = 24) {  // of a model of two latents, fr
 // ---------------------------------------------------------------------------------------------------------------------
 // Draw. The image at hand is a drawing, or one of the images in the page
 
+const NOTHING = "nothing";  // the name of an input that is not there
 const input = { pixels: images[0], name: "", listeners: [] };
 
 function setInput(pixels, name) {
@@ -194,7 +194,7 @@ function startPad() {  // -> what shows an image instead of a drawing
   }
 
   function* read() {
-    setInput(rasterize(strokes, height, width), "your drawing");
+    if (strokes.length) setInput(rasterize(strokes, height, width), "your drawing");  // or it was cleared meanwhile
   }
 
   onDrag(pad, place => {
@@ -204,7 +204,7 @@ function startPad() {  // -> what shows an image instead of a drawing
   }, extend);
   byId("clear").onclick = () => {
     clear();
-    setInput(new Float32Array(height * width), "nothing");
+    setInput(new Float32Array(height * width), NOTHING);
   };
   return i => {
     clear();
@@ -219,8 +219,8 @@ function startPad() {  // -> what shows an image instead of a drawing
 
 function startDraw() {
   const showImage = startPad(), drawMap = makeMap(byId("draw-map"));
-  const cross = makeSvg("path", drawMap.svg, { class: "cross" });
-  const ellipses = [2, 1].map(sigmas => [sigmas, makeSvg("ellipse", drawMap.svg, { class: "spread" })]);
+  const marker = makeSvg("g", drawMap.svg, { class: "place" }), cross = makeSvg("path", marker, { class: "cross" });
+  const ellipses = [2, 1].map(sigmas => [sigmas, makeSvg("ellipse", marker, { class: "spread" })]);
   const bars = main.order.map(latent => {
     const bar = make("div", byId("posterior"), { className: "latent" });
     make("span", bar, { textContent: latentName(latent) });
@@ -246,14 +246,27 @@ function startDraw() {
   }
 
   function* read() {
-    const { pixels, name } = input, posterior = main.encode(pixels), onTheMap = map.encode(pixels);
-    const verdict = name === "nothing" ? "" : classes[nearestClass(main.points, labels, posterior.mu)];
+    const { pixels, name } = input;
+    byId("draw").classList.toggle("empty", name === NOTHING);
+    byId("pad").ariaLabel = `Drawing area, for mouse or finger. It shows ${name}`;
     show(byId("read"), pixels, `What the encoder reads: ${name}`);
+    if (name === NOTHING) showNothing(pixels);
+    else showAnswer(pixels, name);
+  }
+
+  function showNothing(blank) {  // although the encoder gives a blank image a posterior too
+    show(byId("rebuilt"), blank, "No reconstruction: nothing is drawn");
+    setText(byId("verdict"), "");
+    byId("draw-map").ariaLabel = "Map without a place: nothing is drawn";
+    byId("posterior").ariaLabel = "No posterior: nothing is drawn";
+  }
+
+  function showAnswer(pixels, name) {
+    const posterior = main.encode(pixels), onTheMap = map.encode(pixels);
     show(byId("rebuilt"), main.decode(posterior.mu), `Reconstruction of ${name}`);
-    setText(byId("verdict"), verdict && `Looks like ${verdict}`);
+    setText(byId("verdict"), `Looks like ${classes[nearestClass(main.points, labels, posterior.mu)]}`);
     showPlace(onTheMap);
     showPosterior(posterior);
-    byId("pad").ariaLabel = `Drawing area, for mouse or finger. It shows ${name}`;
     byId("draw-map").ariaLabel = `Map with the place of ${name}: ${inWords(onTheMap, [across, up])}`;
     byId("posterior").ariaLabel = `Posterior of ${name}: ${inWords(posterior, main.order.slice(0, 5))}, and so on`;
   }
@@ -478,7 +491,7 @@ function makeCurves() {  // -> what draws how the loss and its terms change alon
   const toY = nats => Math.max(-5, Math.min(105, 80 - nats)).toFixed(2);
   for (const nats of [0, 40]) makeSvg("path", svg, { class: "level", d: `M0 ${toY(nats)}H100` });
   const curves = terms.map(name => makeSvg("path", svg, { class: name }));
-  const lines = ["own", "here"].map(name => makeSvg("path", svg, { class: name }));
+  const lines = ["here", "own"].map(name => makeSvg("path", svg, { class: name }));
   return (changes, places) => {
     const at = i => 100 * i / (changes.length - 1);
     terms.forEach((term, c) => {
@@ -516,13 +529,13 @@ function startLoss() {
       changes.push({ total: there.total - before.total, bce: there.bce - before.bce, kl: there.kl - before.kl });
       yield;
     }
-    drawCurves(changes, [own.mu[latent], mu[latent]]);
+    drawCurves(changes, [mu[latent], own.mu[latent]]);
     for (let i = 0; i < STEPS; i++) {
       put(byId("traversal"), main.decode(mu.with(latent, 3 * (2 * i / (STEPS - 1) - 1))), i);
       yield;
     }
     setText(byId("curve-text"), `What moving the mean of ${latentName(latent)} costs. The dotted line is where the ` +
-      "encoder put it; level lines are 40 nats apart.");
+      "encoder put it, and the solid line where it is now. Level lines are 40 nats apart.");
     setText(byId("traversal-text"), `What ${latentName(latent)} draws, from −3 to 3 standard deviations of the prior.`);
   }
 

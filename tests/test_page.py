@@ -213,6 +213,21 @@ def test_nearest_class_and_paths(page: str, show: Callable[..., Browser]):
     torch.testing.assert_close(at[4], middle, atol=1e-5, rtol=0)
 
 
+def test_a_class_is_labelled_where_it_lies_and_is_drawn(digits: ImageData, show: Callable[..., Browser]):
+    """Most of the 50 digits nearest to the label in latent space, and to its image in pixels, are of the class."""
+    browser = show(PAGE)
+    script = "stops.map(stop => [stop.label, Array.from(stop.mu), Array.from(map.decode(stop.mu))])"
+    stops, places, decoded = (torch.tensor(values) for values in zip(*browser.run(script), strict=True))
+    x = torch.cat([digits.train_images, digits.test_images]).flatten(1) / 255
+    labels = torch.cat([digits.train_labels, digits.test_labels])
+    with torch.no_grad():
+        mu = runs.load_checkpoint(WEIGHTS / "2d.pt")[0].posterior(x).mean
+    assert stops.tolist() == list(range(10))
+    for at, among in ((places, mu), (decoded, x)):
+        nearest = labels[torch.cdist(at, among).topk(50, largest=False).indices]
+        assert (nearest == stops[:, None]).float().mean(1).min() > 0.5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawings
 
@@ -293,6 +308,23 @@ def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[...,
         torch.testing.assert_close(pixels(browser, "#read").flatten(), expected, atol=0.1, rtol=0)
         assert pixels(browser, "#rebuilt").flatten().sub(expected).norm() < 0.6 * expected.norm()
     assert read == {digit: f"Looks like {digit}" for digit in drawn}
+
+
+def test_nothing_drawn_has_no_posterior(page: str, show: Callable[..., Browser]):
+    """Also while the last stroke is still to be read."""
+    browser = show(page)
+    shown = """[...document.querySelectorAll("#draw .cross, #draw .spread, #draw .latent")].filter(element =>
+        element.getClientRects().length && getComputedStyle(element, "::after").display !== "none").length"""
+    latents = 5
+    assert idle(browser, shown) == 3 + latents
+    browser.drag([browser.place("#pad", 0.4, 0.4), browser.place("#pad", 0.6, 0.6)])
+    browser.run("document.getElementById('clear').click()")
+    assert idle(browser, shown) == 0
+    assert not pixels(browser, "#rebuilt").any()
+    for element in ("rebuilt", "draw-map", "posterior"):
+        assert "nothing is drawn" in browser.run(f"document.getElementById('{element}').ariaLabel")
+    browser.drag([browser.place("#pad", 0.4, 0.4), browser.place("#pad", 0.6, 0.6)])
+    assert idle(browser, shown) == 3 + latents
 
 
 def pixels(browser: Browser, selector: str, rows: int = 0, colour: bool = False) -> Tensor:
