@@ -213,6 +213,26 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
         kept.copy_(buffer)
 
 
+@torch.no_grad()
+def settle_buffers(
+    average: VAE, model: VAE, images: Tensor, labels: Tensor, options: Options, batches: int = 20
+) -> None:
+    """Lets buffers of floats follow from the averaged weights, as batch statistics and spectral_norm's vectors do.
+
+    Other buffers, such as a count of steps, stay the model's.
+    """
+    if not any(buffer.is_floating_point() for buffer in average.buffers()):
+        return
+    average.train()
+    for _ in range(batches):
+        chosen = torch.randint(len(images), (options.batch_size,), device=images.device)
+        inputs, targets = inputs_and_targets(images[chosen], options.binarize)
+        average.elbo_terms(inputs, targets, labels[chosen])
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        if not buffer.is_floating_point():
+            kept.copy_(buffer)
+
+
 def test_epoch(
     run: "Run", model: VAE, test_set: measure.TestSet, epoch: int, neg_elbos: Tensor, num_images: int, seconds: float
 ) -> dict[str, float]:
@@ -290,6 +310,8 @@ def train(
             started = time.perf_counter()
             neg_elbos = train_epoch(steps, model, average, adam, images, labels, epoch, options, learning_rate)
             seconds = time.perf_counter() - started
+            if options.average:
+                settle_buffers(average, model, images, labels, options)
             history.append(test_epoch(run, average, test_set, epoch, neg_elbos, len(images), seconds))
             if rank > 0:
                 continue

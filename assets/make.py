@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import runs
 import utils
 from assets import diagrams, page
 from docs.make import MODELS, read_emoji
-from evaluate import make_test_set, open_test_data
+from evaluate import open_run
+from measure import encode, make_test_set
 from model import VAE
 from pictures import describe, draw_all, save_figure
 
@@ -44,12 +44,11 @@ def fingerprint(names: list[str]) -> str:
 
 def draw_model(name: str, data_dir: str) -> None:
     """Draws the pictures of weights/NAME.pt. Raises UserError if its data set is not there."""
-    path = WEIGHTS / f"{name}.pt"
-    model, checkpoint = runs.load_checkpoint(path)
-    dataset = read_emoji() if name == "emoji" else open_test_data(model, checkpoint, path, data_dir)
-    binarize = checkpoint["options"]["binarize"]
-    caption = describe(dataset, binarize, model, checkpoint["epoch"])
-    for file_name, figure in draw_all(model, dataset, make_test_set(dataset, binarize), caption):
+    opened = open_run(WEIGHTS / f"{name}.pt", device="cpu")
+    dataset = read_emoji() if name == "emoji" else opened.test_data(data_dir=data_dir)
+    test_set = make_test_set(dataset, opened.binarize)
+    caption = describe(opened.model, dataset.name, opened.binarize, opened.checkpoint["epoch"])
+    for file_name, figure in draw_all(opened.model, test_set, encode(opened.model, test_set), caption):
         picture = ASSETS / f"{PREFIXES.get(name, '')}{file_name}"
         if picture.stem in PICTURES[name]:
             save_figure(figure, picture, {"Weights": fingerprint([name])})
