@@ -23,10 +23,22 @@ from torch import Tensor
 import runs
 import utils
 from data import BINARIZE, DATASETS, ImageData, check_kind, load_dataset, read_pictures
-from measure import NLL_SAMPLES, check_images, evaluate, in_eval_mode, make_test_set, measure_all, usual_binarize
+from measure import (
+    NLL_SAMPLES,
+    check_images,
+    encode,
+    evaluate,
+    in_eval_mode,
+    make_test_set,
+    measure_all,
+    to_test_set,
+    usual_binarize,
+)
 from model import VAE, DiagonalNormal
 from pictures import describe, draw_all, draw_comparison, save_figure
 from utils import UserError
+
+FEW_IMAGES = 200  # with fewer test images, training images are shown beside them
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,8 @@ def evaluate_run(
     opened = open_run(run, model, binarize, device, out_dir)
     model = opened.model
     data = opened.test_data(dataset, data_dir, hold_out)
-    test_set = make_test_set(data, opened.binarize, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    test_set = make_test_set(data, opened.binarize, device)
     epoch = opened.checkpoint.get("epoch")
     caption = describe(model, data.name, opened.binarize, epoch, data.num_held_out)
     opened.out_dir.mkdir(parents=True, exist_ok=True)
@@ -136,7 +149,12 @@ def evaluate_run(
     print_metrics(metrics, f"{opened.path}: {caption}")
     written = {name: value for name, value in metrics.items() if name != "per_image"}
     runs.write_atomically(opened.out_dir / "metrics.json", (json.dumps(written, indent=2) + "\n").encode())
-    for name, figure in draw_all(model, test_set, metrics["per_image"], caption):
+    training = None
+    if len(data.test_images) < FEW_IMAGES:  # too few to show a latent space
+        chosen = slice(10 * FEW_IMAGES)
+        images, labels = data.train_images[chosen].to(device), data.train_labels[chosen].to(device)
+        training = labels, encode(model, to_test_set(images, labels, opened.binarize)).mu
+    for name, figure in draw_all(model, test_set, metrics["per_image"], caption, training):
         save_figure(figure, opened.out_dir / name)
         print(f"wrote {opened.out_dir / name}")
     return metrics

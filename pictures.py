@@ -71,13 +71,21 @@ def draw_interpolations(model: VAE, test_set: TestSet, mu: Tensor, caption: str)
     return figure
 
 
-def draw_latent_space(test_set: TestSet, mu: Tensor, caption: str) -> "Figure":
-    """Posterior means mu (N, latent_size) of images, coloured by class.
+def draw_latent_space(
+    test_set: TestSet, mu: Tensor, caption: str, training: tuple[Tensor, Tensor] | None = None
+) -> "Figure":
+    """The test images' posterior means mu (N, latent_size), coloured by class.
 
-    Above two latents, they are shown by their first two principal components.
+    Above two latents, they are shown by their first two principal components. `training` are labels (M,) and means (M,
+    latent_size) of training images, which are shown as crosses.
     """
-    means = mu.float().cpu()
-    labels = test_set.labels.cpu()
+    labels = test_set.labels
+    means = mu
+    if training:
+        labels = torch.cat([labels, training[0]])
+        means = torch.cat([means, training[1]])
+    labels = labels.cpu()
+    means = means.float().cpu()
     names = ["$z_1$", "$z_2$"]
     if means.shape[1] == 1:
         means = torch.cat([means, labels[:, None]], 1)
@@ -88,12 +96,17 @@ def draw_latent_space(test_set: TestSet, mu: Tensor, caption: str) -> "Figure":
         shares = singular_values**2 / (singular_values**2).sum()
         means = means @ directions[:2].T
         names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
-    figure, axes = _new_figure(8, 8, f"Posterior means of the test images\n{caption}")
+    others = f", and of {len(training[0]):,} training images (crosses)" if training else ""
+    figure, axes = _new_figure(8, 8, f"Posterior means of the test images{others}\n{caption}")
     classes = test_set.classes
     num_classes = len(classes)
-    colors = class_colors(num_classes)
-    axes.scatter(*means.T.numpy(), s=4, c=[colors[label] for label in labels], alpha=0.6, linewidths=0)
-    for name, color in zip(classes[:40], colors, strict=False):  # the legend has room for as many
+    palette = class_colors(num_classes)
+    colors = [palette[label] for label in labels]
+    size = min(max(4, 4000 / len(labels)), 60)  # few points are large, so that they can be seen
+    num_test = len(mu)
+    axes.scatter(*means[num_test:].T.numpy(), s=size, c=colors[num_test:], alpha=0.5, marker="x")
+    axes.scatter(*means[:num_test].T.numpy(), s=size, c=colors[:num_test], alpha=0.6, linewidths=0)
+    for name, color in zip(classes[:40], palette, strict=False):  # the legend has room for as many
         axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _
     title = f"the first 40 of {num_classes} classes" if num_classes > 40 else None
     ncols, fontsize = (1, 10) if num_classes <= 20 else (2, 7)
@@ -302,13 +315,18 @@ def save_figure(figure: "Figure", path: Path, notes: dict[str, str] | None = Non
     runs.write_atomically(path, buffer.getvalue())
 
 
-def draw_all(model: VAE, test_set: TestSet, found: PerImage, caption: str) -> Iterator[tuple[str, "Figure"]]:
-    """The file name and figure of each picture that applies to this model, from what it says about the test set."""
+def draw_all(
+    model: VAE, test_set: TestSet, found: PerImage, caption: str, training: tuple[Tensor, Tensor] | None = None
+) -> Iterator[tuple[str, "Figure"]]:
+    """The file name and figure of each picture that applies to this model, from what it says about the test set.
+
+    `training` are labels and posterior means of training images to show beside the test images'.
+    """
     mu = found.mu
     yield "reconstructions.png", draw_reconstructions(model, test_set, caption)
     yield "prior_samples.png", draw_prior_samples(model, test_set, caption)
     yield "interpolations.png", draw_interpolations(model, test_set, mu, caption)
-    yield "latent_space.png", draw_latent_space(test_set, mu, caption)
+    yield "latent_space.png", draw_latent_space(test_set, mu, caption, training)
     yield "traversals.png", draw_traversals(model, test_set, mu, found.kl_by_latent, caption)
     if found.nll is not None:
         yield "least_likely.png", draw_least_likely(model, test_set, found.nll, caption)
