@@ -107,15 +107,6 @@ def test_nll_encodes_once_and_in_bounded_memory(trained: VAE, digits: ImageData,
     assert peaks[0] == peaks[1]
 
 
-def test_nll_in_float64(trained: VAE, digits: ImageData):
-    test_set = few(make_test_set(digits, "dynamic"), 4)
-    double = Examples(test_set.inputs.double(), test_set.targets.double(), test_set.labels)
-    nll = measure.estimate_nll(copy.deepcopy(trained).double(), double, 20)
-    assert nll.dtype == torch.float64
-    expected = measure.estimate_nll(trained, test_set, 20)
-    assert nll.mean().item() == pytest.approx(expected.mean().item(), rel=0.01)  # other draws
-
-
 def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: ImageData):
     test_set = few(make_test_set(digits, "dynamic"), 2)
     nll = torch.stack([measure.estimate_nll(trained, test_set, 1, seed).mean() for seed in range(40)])
@@ -123,12 +114,6 @@ def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: ImageData)
     standard_error = ((nll.var() + elbo.var()) / 40).sqrt()
     assert (nll.mean() - elbo.mean()).abs() < 4 * standard_error
     assert standard_error < 0.2
-
-
-def test_nll_tightens_as_samples_are_added(trained: VAE, digits: ImageData):
-    test_set = few(make_test_set(digits, "dynamic"), 10)
-    bounds = [measure.estimate_nll(trained, test_set, k).mean().item() for k in (1, 4, 16, 64, 256)]
-    assert bounds == sorted(bounds, reverse=True)
 
 
 def test_nll_is_seeded_and_rounding_does_no_harm(trained: VAE, digits: ImageData, monkeypatch: pytest.MonkeyPatch):
@@ -237,13 +222,6 @@ class Shaded(VAE):
         return Independent(Bernoulli(logits=logits), 1)
 
 
-def test_walks_change_labels_in_the_middle(digits: ImageData):
-    model, test_set = Shaded(784, 4, 2), make_test_set(digits, "dynamic")
-    walks = picture(pictures.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
-    start, end = (torch.arange(5) / 10).clamp(1e-4), torch.arange(5, 10) / 10
-    torch.testing.assert_close(walks, torch.stack([start] * 5 + [end] * 6, 1))
-
-
 def test_samples_of_few_classes_have_labels_that_exist(digits: ImageData):
     labels = {f"{part}_labels": getattr(digits, f"{part}_labels") % 3 for part in ("train", "test")}
     three = replace(digits, classes=["a", "b", "c"], **labels)
@@ -276,7 +254,9 @@ def test_labels_reach_the_pictures_and_the_metrics(digits: ImageData):
     shown = picture(pictures.draw_reconstructions(model, digits, test_set, ""), 3)[2].mean((1, 2))
     torch.testing.assert_close(shown, (torch.arange(10) / 10).clamp(1e-4))
     walks = picture(pictures.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
-    torch.testing.assert_close(walks[:, -1] - walks[:, 0], torch.full((5,), 0.5), atol=1e-3, rtol=0)
+    start = (torch.arange(5) / 10).clamp(1e-4)
+    end = torch.arange(5, 10) / 10
+    torch.testing.assert_close(walks, torch.stack([start] * 5 + [end] * 6, 1))  # they change in the middle
     metrics = evaluate.evaluate(model, digits.test_images, nll_samples=2, labels=digits.test_labels)
     p = (digits.test_labels / 10).clamp(1e-4)[:, None]
     expected = -Bernoulli(p).log_prob(test_set.targets.flatten(1)).sum(1).mean().item()
@@ -395,15 +375,6 @@ def test_command(trained: VAE, digits: ImageData, tmp_path: Path, monkeypatch: p
     assert " nll " not in printed
 
 
-def test_printed_kl_is_sorted(trained: VAE, digits: ImageData, capsys: pytest.CaptureFixture):
-    metrics = evaluate.evaluate(trained, digits.test_images, nll_samples=1)
-    kls = [0.5, 0, 3, *[1] * 8, 2.25]
-    evaluate.print_metrics(metrics | {"kl_per_latent": kls}, "title")
-    lines = capsys.readouterr().out.splitlines()
-    first = next(i for i, line in enumerate(lines) if "by latent" in line) + 1
-    assert [float(word) for line in lines[first : first + 2] for word in line.split()] == sorted(kls)[::-1]
-
-
 def test_command_on_an_original_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: ImageData):
     vae = VAE(784, 16, 4)
     kept = {name: vae.config[name] for name in ("input_size", "hidden_size", "latent_size")}
@@ -426,10 +397,7 @@ def test_bad_calls(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPa
     assert "9 values" in fails(evaluate.main, run, "--dataset", "mnist-5k")
     for option, value in (
         ("--nll-samples", "0"),
-        ("--nll-samples", "many"),
-        ("--seed", "-1"),
         ("--seed", str(10**20)),
-        ("--nll-samples", str(10**20)),
         ("--data-dir", __file__),
         ("--device", "cuda"),
         ("--binarize", "often"),

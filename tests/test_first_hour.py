@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -74,13 +73,6 @@ def test_a_notebook_keeps_its_backend(few: ImageData, options: dict, monkeypatch
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     train.train(few, **options)
     assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
-
-
-def test_every_file_is_read_and_written_as_utf_8():
-    opens = re.compile(r"(\.read_text|\.write_text|(?<!def )(?<!\.)\bopen)\(")
-    for path in {*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")} - set((ROOT / "tests").iterdir()):
-        for line in filter(opens.search, path.read_text(encoding="utf-8").splitlines()):
-            assert re.search(r'encoding="utf-8|"[rw]b"', line), f"{path}: {line}"
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
@@ -178,7 +170,7 @@ def test_a_run_in_its_first_epoch_is_not_the_newest(few, options: dict, monkeypa
         runs.checkpoint_path(unfinished)
 
 
-@pytest.mark.parametrize("suffix", [" copy", " (1)", ".sync-conflict-20240101", "-backup"])
+@pytest.mark.parametrize("suffix", [" copy", "-backup"])
 def test_a_copy_is_not_taken_for_the_newest(suffix: str, few, options: dict, fails: Callable):
     _, _, first = train.train(few, **options)
     _, _, run = train.train(few, **options)

