@@ -105,10 +105,6 @@ def test_scaling(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sizes["images"] == [1000, 4000]
     assert [n for name in sizes for pair in zip(*seconds[name].values(), strict=True) for n in pair] == [*range(1, 31)]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    figure = throughput.draw_scaling(sizes, seconds, "title")
-    for axes, values in zip(figure.axes, sizes.values(), strict=True):
-        assert [list(line.get_xdata()) for line in axes.lines] == [values] * 2
-        assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
 def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):

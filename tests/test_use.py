@@ -230,16 +230,3 @@ def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
     torch.testing.assert_close(parts["mu"], whole["mu"], atol=1e-5, rtol=1e-4)
     gray = measure.encode_images(model, few.test_images, few.test_labels, "none", 3)
     assert gray.keys() == {"mu", "logvar", "neg_elbo"}
-
-
-def test_encoding_compiles_once(few: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None):
-    programs, make = [], measure.compile_checked
-    monkeypatch.setattr(
-        measure, "compile_checked", lambda *args, **how: programs.append(make(*args, **how)) or programs[-1]
-    )
-    monkeypatch.setattr(measure, "is_worth_compiling", lambda _, ranks, blocks: blocks == 2)  # 100 images, 20 samples
-    arguments = VAE(784, 16, 3), few.test_images[:100], few.test_labels[:100], "dynamic", 20
-    encoded = measure.encode_images(*arguments, batch_size=50)
-    assert len(programs) == 1
-    monkeypatch.setattr(measure, "is_worth_compiling", lambda *_: False)
-    torch.testing.assert_close(encoded["nll"], measure.encode_images(*arguments, batch_size=50)["nll"])
