@@ -172,10 +172,8 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert all(torch.equal(value, straight[key]) for key, value in weights(run).items())
 
 
-TRACED = ("convolutional", "semi_supervised", "vampprior")  # relatives of the others are traced in test_subclasses.py
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in TRACED else pytest.mark.slow) for n in MODELS])
+@pytest.mark.slow  # test_subclasses.py traces the relatives of some
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("quick_compiler")
 def test_is_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(train, "draw", lambda *args: None)
@@ -186,7 +184,8 @@ def test_is_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_an_experiments_run_needs_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """evaluate.py and train.py --resume find the class in experiments/, and no other that a file names."""
-    monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
     call(monkeypatch, "conditional", *SMALL, "--out-dir", tmp_path, "--nll-samples=1")
     run = tmp_path / "001-mnist-5k-z2"
     before = json.loads((run / "metrics.json").read_text())
@@ -202,12 +201,18 @@ def test_an_experiments_run_needs_no_class(tmp_path: Path, monkeypatch: pytest.M
         runs.load_checkpoint(run)
 
 
+def run_file_without_pictures(name: str, *args: str) -> None:
+    train.draw = lambda *args: None
+    evaluate.draw_all = lambda *args: ()
+    run_file(name, *args)
+
+
 @not_windows
 def test_two_processes(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Training is shared, and one process evaluates when the others are done."""
     monkeypatch.chdir(tmp_path)
     args = [*SMALL, f"--dataset={few_digits}", "--nll-samples=1"]
-    printed = run_ranks(2, run_file, "conditional", *args)
+    printed = run_ranks(2, run_file_without_pictures, "conditional", *args)
     assert [text.count("active_units") for text in printed] == [1, 0]
     assert (tmp_path / "runs" / "001-few-z2" / "metrics.json").exists()
 
