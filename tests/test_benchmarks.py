@@ -51,7 +51,6 @@ def test_compare(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     images_per_second = 600 / statistics.median(seconds["train.py"])
     printed = capsys.readouterr().out
     assert f"| train.py | {images_per_second:,.0f} | 1.00 |" in printed
-    assert ("| JAX |" in printed) == ("JAX" in seconds) != ("pip install" in printed)
 
 
 def test_the_floor_is_the_layers_arithmetic(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
@@ -167,9 +166,7 @@ def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_com
     assert "multiples of 16" in fails(convolutions.main, "--dataset", tmp_path / "odd.npz")
 
 
-@pytest.mark.parametrize(
-    "option", ["--repeats=0", "--images=x", "--batch-size=x", "--batch-size=5001", "--dataset=none"]
-)
+@pytest.mark.parametrize("option", ["--repeats=0", "--batch-size=5001", "--dataset=none"])
 def test_bad_options(option: str, fails: Callable):
     error = fails(throughput.main, "--dataset=mnist-5k", option)
     assert option.split("=")[0] in error
@@ -194,12 +191,4 @@ def test_likelihood_rows(digits: ImageData, tmp_path: Path, monkeypatch: pytest.
 
 def test_likelihood_refuses_recipes_of_experiments(fails: Callable):
     """Which it would train as another model."""
-    error = fails(likelihood.main, "pictures")
-    assert "one-minute" in error
-
-
-@pytest.mark.parametrize("wrong", ["--nll-samples=0", "--epochs=0", "--after=x"])
-def test_likelihood_refuses_before_it_trains(wrong: str, tmp_path: Path, fails: Callable):
-    others = ["--dataset=mnist-5k", "--epochs=1", f"--out-dir={tmp_path / 'runs'}"]
-    assert wrong.split("=")[0] in fails(likelihood.main, "original", *others, wrong)
-    assert not (tmp_path / "runs").exists()
+    assert "one-minute" in fails(likelihood.main, "pictures")

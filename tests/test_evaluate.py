@@ -90,23 +90,6 @@ def test_nll_equals_the_integral_over_a_grid(small: ImageData):
     assert (estimate - exact).mean().abs() < 0.01
 
 
-def test_nll_encodes_once_and_in_bounded_memory(trained: VAE, digits: ImageData, monkeypatch: pytest.MonkeyPatch):
-    test_set = few(make_test_set(digits, "dynamic"), 4)
-    encoded, decoded = [], []
-    posterior, likelihood = VAE.posterior, VAE.likelihood
-    monkeypatch.setattr(VAE, "posterior", lambda self, x, y: encoded.append(len(x)) or posterior(self, x, y))
-    monkeypatch.setattr(VAE, "likelihood", lambda self, z, y: decoded.append(z.numel()) or likelihood(self, z, y))
-    peaks = []
-    for num_samples in (20, 105):
-        encoded.clear()
-        decoded.clear()
-        measure.estimate_nll(trained, test_set, num_samples)
-        assert sum(encoded) == 250
-        assert sum(decoded) == num_samples * 250 * 2
-        peaks.append(max(decoded))
-    assert peaks[0] == peaks[1]
-
-
 def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: ImageData):
     test_set = few(make_test_set(digits, "dynamic"), 2)
     nll = torch.stack([measure.estimate_nll(trained, test_set, 1, seed).mean() for seed in range(40)])
@@ -190,7 +173,6 @@ def test_reconstructions_show_image_input_and_output(trained: VAE, digits: Image
     assert torch.equal(tiles[1], test_set.inputs[firsts, 0])
     torch.testing.assert_close(tiles[2].float(), trained.reconstruct(tiles[1].float()))
     assert "caption" in figure.axes[0].get_title()
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == digits.classes
     tiles = picture(pictures.draw_reconstructions(trained, digits, make_test_set(digits, "none"), ""), 2)
     torch.testing.assert_close(tiles[1].float(), trained.reconstruct(images))
 
