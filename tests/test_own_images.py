@@ -88,6 +88,7 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     assert "200 pictures in gray, cropped square at the centre and resized to 16 x 16" in printed
     (made,) = out_dir.iterdir()
     assert made.name == "001-my shapes-z3"
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     model, checkpoint = runs.load_checkpoint(made)
     assert model.config["input_size"] == 256
     assert checkpoint["options"]["dataset"] == str(folder)
@@ -157,7 +158,7 @@ def test_labels_in_a_cyclic_order_are_on_both_sides(tmp_path: Path):
     assert torch.equal(*parts)
 
 
-def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: set[str]):
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (4, 5, 5), dtype=np.uint8))
     args = ["--epochs=1", "--hidden-size=8", "--latent-size=3", "--out-dir", tmp_path / "runs"]
     run(monkeypatch, train.main, "--dataset", tmp_path / "few.npz", *args)
@@ -165,6 +166,7 @@ def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = (tmp_path / "runs" / "001-few-z3" / "metrics.json").read_text()
     assert json.loads(text)["num_images"] == 2
     assert "NaN" not in text
+    assert len(drawn) == 7
 
 
 def test_few_pictures_whose_names_would_all_be_for_testing(tmp_path: Path):
@@ -308,6 +310,7 @@ def test_names_that_are_not_utf_8_or_have_signs_of_formulas(tmp_path: Path, monk
     assert "60 pictures in gray" in printed
     assert r"1 left out, such as *.doc" in printed
     (made,) = (tmp_path / "runs").iterdir()
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     run(monkeypatch, train.main, "--resume", made, "--epochs=3")
     run(monkeypatch, evaluate.main, made, "--nll-samples=2")
     capsys.readouterr().out.encode()
