@@ -215,11 +215,3 @@ def test_two_processes(few_digits: Path, tmp_path: Path, monkeypatch: pytest.Mon
     printed = run_ranks(2, run_file_without_pictures, "conditional", *args)
     assert [text.count("active_units") for text in printed] == [1, 0]
     assert (tmp_path / "runs" / "001-few-z2" / "metrics.json").exists()
-
-
-def test_bad_options(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, "vampprior", *SMALL, "--epochs=0", "--out-dir", tmp_path / "runs")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "runs").exists()

@@ -120,7 +120,7 @@ def errors(capsys: pytest.CaptureFixture) -> list[float]:
 
 def test_images_without_labels_help(few: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture):
     """The classifier of all images errs less than the one of the labelled images alone."""
-    options = {"epochs": 12, "batch_size": 20, "lr": 3e-3, "beta": 3, "hidden_size": 64, "latent_size": 5}
+    options = {"epochs": 20, "batch_size": 20, "lr": 3e-3, "beta": 3, "hidden_size": 64, "latent_size": 5}
     model, _, _ = train.train(few, SemiSupervisedVAE, **options, activation="silu", out_dir=tmp_path)
     semi_supervised.report(model, few)
     ours, alone = errors(capsys)

@@ -81,7 +81,7 @@ def test_compiled_is_eager_to_rounding(kind: type[VAE], small: ImageData, tmp_pa
     check_compiled(kind, small, tmp_path)
 
 
-@each(FlowPrior, TwoLayers, Conditional, Logistic)
+@each(TwoLayers, Conditional, Logistic)
 def test_traced_is_eager_to_rounding(kind: type[VAE], small: ImageData, tmp_path: Path, quick_compiler: None):
     check_compiled(kind, small, tmp_path)
 

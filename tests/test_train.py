@@ -487,16 +487,10 @@ def test_curves_show_the_history(epochs: int):
         assert list(line.get_ydata()) == [row[name] for row in history]
 
 
-def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    epochs = []
-    monkeypatch.setattr(train, "train_epoch", lambda *args: epochs.append(args[-2].epochs) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.train(**SMALL, out_dir=str(tmp_path))
-    few = replace(train.load_dataset(), name="mnist")
-    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:4] or [0]))
-    with pytest.raises(ZeroDivisionError):
-        train.train(out_dir=str(tmp_path))
-    assert epochs == [150, 20]
+def test_default_epochs_follow_the_data_set(digits: ImageData):
+    options = train.make_options()
+    assert options.resolve(digits).epochs == 150
+    assert options.resolve(replace(digits, name="mnist")).epochs == 20
 
 
 def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
