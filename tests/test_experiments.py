@@ -48,7 +48,7 @@ SMALL = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=16", "--latent-size=
 
 @pytest.fixture(autouse=True)
 def small_data(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = thinned(digits, 10)
+    few = thinned(digits, 20)
     for module in (train, evaluate, data):
         monkeypatch.setattr(module, "load_dataset", lambda *args: few)
 
