@@ -194,7 +194,7 @@ def take_same_steps(ours: train.Adam, theirs: torch.optim.Adam, steps: int) -> N
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_adam_is_that_of_torch(dtype: torch.dtype, rounding: float):
-    """Over 60 steps, and over 20 more after each has continued from the other's state."""
+    """Over 60 steps, and over 20 more after a new one of each has continued from the other's state."""
     start = [torch.randn(50, 20, dtype=dtype), torch.randn(7, dtype=dtype)]
     weights, others = ([weight.clone().requires_grad_() for weight in start] for _ in range(2))
     eps = 1e-4 if dtype == torch.float64 else 1e-8
@@ -203,7 +203,9 @@ def test_adam_is_that_of_torch(dtype: torch.dtype, rounding: float):
     take_same_steps(ours, theirs, 60)
     assert not any(torch.allclose(*pair, atol=0.01) for pair in zip(weights, start, strict=True))
     our_state = copy.deepcopy(ours.state_dict())
+    ours = train.Adam(weights, lr=1e-3, eps=eps, betas=(0.8, 0.95))
     ours.load_state_dict(theirs.state_dict())
+    theirs = torch.optim.Adam(others)
     theirs.load_state_dict(our_state)
     take_same_steps(ours, theirs, 20)
     for weight, other in zip(weights, others, strict=True):
