@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -340,7 +341,9 @@ def read_folder(folder: Path, name: str, size: int, channels: int | None) -> Pic
     if rank_and_ranks()[0] == 0:
         colour = "in gray" if images.shape[1] == 1 else "converted to gray" if channels == 1 else "in colour"
         others = sorted({*find_files(folder)} - {*pictures, *halves})
-        left_out = f"; {len(others):,} other files left out, such as {printable(others[0].name)}" if others else ""
+        patterns = Counter(path.with_name(f"*{path.suffix}" if path.suffix else path.name) for path in others)
+        examples = ", ".join(printable(pattern.relative_to(folder)) for pattern, _ in patterns.most_common(3))
+        left_out = f"; {len(others):,} left out, such as {examples}" if others else ""
         print(
             f"{printable(folder)}: {len(images):,} pictures {colour}, cropped square at the centre and resized to "
             f"{size} x {size}{left_out}"

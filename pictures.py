@@ -104,7 +104,8 @@ def draw_latent_space(
     colors = [palette[label] for label in labels]
     size = min(max(4, 4000 / len(labels)), 60)  # few points are large, so that they can be seen
     num_test = len(mu)
-    axes.scatter(*means[num_test:].T.numpy(), s=size, c=colors[num_test:], alpha=0.5, marker="x")
+    if training:
+        axes.scatter(*means[num_test:].T.numpy(), s=size, c=colors[num_test:], alpha=0.5, marker="x")
     axes.scatter(*means[:num_test].T.numpy(), s=size, c=colors[:num_test], alpha=0.6, linewidths=0)
     for name, color in zip(classes[:40], palette, strict=False):  # the legend has room for as many
         axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _

@@ -204,21 +204,28 @@ def newest_run(out_dir: str | Path) -> Path:
             f"no checkpoint at {out_dir}, nor in a run there: a run writes its first after an epoch; train one with "
             "python train.py"
         )
-    if runs[0][0] > finished[0][0]:
-        print(f"{runs[0][1]} has not finished an epoch yet; taking {finished[0][1]}", file=sys.stderr)
-    return finished[0][1]
+    last = finished[0][0]
+    newest = min(
+        (run for number, run in finished if number == last), key=lambda run: len(run.name)
+    )  # copies are longer
+    if runs[0][0] > last:
+        print(f"{runs[0][1]} has not finished an epoch yet; taking {newest}", file=sys.stderr)
+    return newest
 
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
     """Makes out_dir/NNN-dataset-zLATENT, numbered after the highest there is. Raises OSError."""
     out_dir = Path(out_dir)
     dataset = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]', "_", dataset)[:60]
+    out_dir.mkdir(parents=True, exist_ok=True)
     while True:
         number = 1 + max((number for number, _ in numbered_runs(out_dir)), default=0)
-        folder = out_dir / f"{number:03d}-{dataset}-z{latent_size}"
-        with contextlib.suppress(FileExistsError):  # another run that has started at the same time has made it
-            folder.mkdir(parents=True)
-            return folder
+        claim = out_dir / f"{number:03d}"
+        with contextlib.suppress(FileExistsError):  # only one of several runs that start at once makes this folder
+            claim.mkdir()
+            if [run for taken, run in numbered_runs(out_dir) if taken == number] == [claim]:
+                return claim.rename(f"{claim}-{dataset}-z{latent_size}")
+            claim.rmdir()
 
 
 def numbered_runs(out_dir: Path) -> list[tuple[int, Path]]:

@@ -233,6 +233,16 @@ def settle_buffers(
             kept.copy_(buffer)
 
 
+def compute_test_losses(model: VAE, test_set: measure.TestSet) -> tuple[float, float, float]:
+    """The negative ELBO on the test set and its two terms, in nats per image."""
+    rank, ranks = rank_and_ranks()
+    utils.broadcast(model.buffers())  # batch-norm statistics, say, differ between ranks
+    found = measure.encode(model, test_set.take(slice(rank, None, ranks)))
+    sums = utils.sum_over_ranks(torch.stack([found.reconstruction.sum(), found.kl.sum()]))
+    reconstruction, kl = (sums / len(test_set.labels)).tolist()
+    return reconstruction + kl, reconstruction, kl
+
+
 def test_epoch(
     run: "Run", model: VAE, test_set: measure.TestSet, epoch: int, neg_elbos: Tensor, num_images: int, seconds: float
 ) -> dict[str, float]:
@@ -240,15 +250,9 @@ def test_epoch(
 
     Raises UserError if one of them is not finite.
     """
-    rank, ranks = rank_and_ranks()
-    if ranks > 1:
-        utils.broadcast(model.buffers())  # batch-norm statistics, say, differ between ranks
     with matmul_precision(run.options.precision, test_set.inputs.device):
-        found = measure.encode(model.eval(), test_set.take(slice(rank, None, ranks)))
-    sums = utils.sum_over_ranks(torch.stack([found.reconstruction.sum(), found.kl.sum()]))
-    reconstruction, kl = (sums / len(test_set.labels)).tolist()
-    train_loss = neg_elbos.double().sum().item() / num_images
-    losses = train_loss, reconstruction + kl, reconstruction, kl
+        test_losses = compute_test_losses(model.eval(), test_set)
+    losses = neg_elbos.double().sum().item() / num_images, *test_losses
     if not all(map(math.isfinite, losses)):
         bad = (~torch.isfinite(neg_elbos)).nonzero().flatten().tolist()
         step = f"step {bad[0] + 1}" if bad else "the test after its last step"

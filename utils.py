@@ -41,20 +41,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Complains in one line. An argument @FILE stands for those in a file, with quotes and comments."""
+    """Complains in one line. An argument @FILE stands for those in a UTF-8 file, with quotes and comments."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@", **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """The words in a line of an argument file."""
-        words = shlex.shlex(line, posix=True)
-        words.whitespace_split = True
-        words.escape = ""  # a backslash belongs to a Windows path
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        words = [word for arg in words for word in (self.read_words(arg[1:]) if arg.startswith("@") else [arg])]
+        return super().parse_known_args(words, namespace)
+
+    def read_words(self, path: str) -> list[str]:
         try:
+            words = shlex.shlex(Path(path).read_text(encoding="utf-8-sig"), posix=True)
+            words.whitespace_split = True
+            words.escape = ""  # a backslash belongs to a Windows path
             return list(words)
-        except ValueError as error:
-            self.error(f"{one_line(error)} in an argument file: {line}")
+        except (OSError, ValueError) as error:
+            self.error(f"the argument file {path}: {one_line(error)}")
 
     def error(self, message: str) -> None:
         unknown = re.search(r"unrecognized arguments:.*? (-[\w-]+)", message)

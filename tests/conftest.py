@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import measure
 from data import ImageData, load_dataset
 
 SIZE = 49  # 7 x 7 images, so that integrals over the latents are quick
@@ -59,6 +60,12 @@ def small(digits: ImageData) -> ImageData:
 
     few = thinned(digits, 5)
     return replace(few, train_images=shrink(few.train_images), test_images=shrink(few.test_images))
+
+
+def as_test_set(x: Tensor, labels: Tensor | None = None) -> measure.TestSet:
+    """Values x (N, ...) in [0, 1], as the inputs and targets of a test."""
+    labels = torch.zeros(len(x), dtype=torch.int64) if labels is None else labels
+    return measure.TestSet(x, x, labels, (255 * x).byte(), "none")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.colors import rgb_to_hsv, to_rgb
 from PIL import Image
 
+import evaluate
 from assets import diagrams, make
 from data import ImageData
 from docs.make import MODELS
@@ -37,7 +38,7 @@ def test_every_picture_is_drawn_or_said_to_be_left_out():
 
 
 def test_draws_a_models_pictures(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(make, "open_test_data", lambda *_: thinned(digits, 20))
+    monkeypatch.setattr(evaluate.OpenedRun, "test_data", lambda *_, **__: thinned(digits, 20))
     monkeypatch.setattr(make, "ASSETS", tmp_path)
     make.draw_model("flow_prior", "data")
     assert {path.name: weights_of(path) for path in tmp_path.iterdir()} == {

@@ -51,7 +51,6 @@ def test_compare(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     images_per_second = 600 / statistics.median(seconds["train.py"])
     printed = capsys.readouterr().out
     assert f"| train.py | {images_per_second:,.0f} | 1.00 |" in printed
-    assert ("| JAX |" in printed) == ("JAX" in seconds) != ("pip install" in printed)
 
 
 def test_the_floor_is_the_layers_arithmetic(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
@@ -105,19 +104,15 @@ def test_scaling(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sizes["images"] == [1000, 4000]
     assert [n for name in sizes for pair in zip(*seconds[name].values(), strict=True) for n in pair] == [*range(1, 31)]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    figure = throughput.draw_scaling(sizes, seconds, "title")
-    for axes, values in zip(figure.axes, sizes.values(), strict=True):
-        assert [list(line.get_xdata()) for line in axes.lines] == [values] * 2
-        assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
 def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
-    monkeypatch.setattr(throughput.measure, "BLOCKS", {"cpu": (100, 100)})  # fewer and larger ones are sooner done
+    monkeypatch.setattr(throughput.measure, "BLOCKS", {"cpu": (30, 100)})  # fewer and larger ones are sooner done
     compiled, make = [], throughput.measure.compile_checked
     monkeypatch.setattr(
         throughput.measure, "compile_checked", lambda *args, **how: compiled.append(args) or make(*args, **how)
     )
-    seconds = measure("nll")["seconds"]
+    seconds = measure("nll", "--images=60", "--batch-size=50")["seconds"]
     assert {name: len(passes) for name, passes in seconds.items()} == dict.fromkeys(seconds, 2)
     assert len(compiled) == 1  # one row of three is compiled, before its passes
     ratio = statistics.median(a / b for a, b in zip(seconds["nll"], seconds["matrix products"], strict=True))
@@ -158,7 +153,8 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sizes == [3, 3]
 
 
-def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys, fails: Callable):
+def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, fails: Callable):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it takes most of the time
     images = np.random.default_rng(0).integers(0, 256, (60, 16, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", images=images)
     np.savez(tmp_path / "odd.npz", images=images[:, :9])
@@ -171,9 +167,7 @@ def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_com
     assert "multiples of 16" in fails(convolutions.main, "--dataset", tmp_path / "odd.npz")
 
 
-@pytest.mark.parametrize(
-    "option", ["--repeats=0", "--images=x", "--batch-size=x", "--batch-size=5001", "--dataset=none"]
-)
+@pytest.mark.parametrize("option", ["--repeats=0", "--batch-size=5001", "--dataset=none"])
 def test_bad_options(option: str, fails: Callable):
     error = fails(throughput.main, "--dataset=mnist-5k", option)
     assert option.split("=")[0] in error
@@ -198,12 +192,4 @@ def test_likelihood_rows(digits: ImageData, tmp_path: Path, monkeypatch: pytest.
 
 def test_likelihood_refuses_recipes_of_experiments(fails: Callable):
     """Which it would train as another model."""
-    error = fails(likelihood.main, "pictures")
-    assert "one-minute" in error
-
-
-@pytest.mark.parametrize("wrong", ["--nll-samples=0", "--epochs=0", "--after=x"])
-def test_likelihood_refuses_before_it_trains(wrong: str, tmp_path: Path, fails: Callable):
-    others = ["--dataset=mnist-5k", "--epochs=1", f"--out-dir={tmp_path / 'runs'}"]
-    assert wrong.split("=")[0] in fails(likelihood.main, "original", *others, wrong)
-    assert not (tmp_path / "runs").exists()
+    assert "one-minute" in fails(likelihood.main, "pictures")

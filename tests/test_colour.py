@@ -20,8 +20,8 @@ import utils
 from data import ImageData
 from model import VAE
 
-SMALL = ["--epochs=2", "--hidden-size=16", "--latent-size=2", "--batch-size=50", "--device=cpu"]
-DRAWN = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage", "manifold"}
+SMALL = ["--epochs=2", "--hidden-size=16", "--latent-size=3", "--batch-size=50", "--device=cpu"]
+DRAWN = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage"}
 DRAWN |= {"traversals", "least_likely"}
 
 
@@ -44,48 +44,42 @@ def run(monkeypatch: pytest.MonkeyPatch, main: Callable, *args: str | Path) -> N
     main()
 
 
-@pytest.mark.parametrize("kind", ["folder", "npz"])
-def test_from_files_to_pictures(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    if kind == "folder":
-        source, size = tmp_path / "mine", ["--image-size=16"]
-        for i, image in enumerate(make_images(150, 20)):
-            path = source / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-    else:
-        source, size = tmp_path / "mine.npz", []
-        np.savez(source, images=make_images(150, 32))
-    run(monkeypatch, train.main, "--dataset", source, *size, *SMALL, "--out-dir", tmp_path / "runs")
+def test_from_files_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    for i, image in enumerate(make_images(150, 20)):
+        path = tmp_path / "mine" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    arguments = ["--dataset", tmp_path / "mine", "--image-size=16", *SMALL, "--out-dir", tmp_path / "runs"]
+    run(monkeypatch, train.main, *arguments)
     assert "bits per dimension" in capsys.readouterr().out
-    run(monkeypatch, train.main, "--resume", tmp_path / "runs" / "001-mine-z2", "--epochs=3")
+    made = tmp_path / "runs" / "001-mine-z3"
+    run(monkeypatch, train.main, "--resume", made, "--epochs=3")
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
-    made = tmp_path / "runs" / "001-mine-z2"
     assert {path.stem for path in made.glob("*.png")} == DRAWN
     model, checkpoint = runs.load_checkpoint(made)
-    side = 16 if kind == "folder" else 32
-    assert (model.config["input_size"], model.config["channels"], model.config["likelihood"]) == (
-        3 * side**2,
-        3,
-        "logistic",
-    )
+    config = {name: model.config[name] for name in ("input_size", "channels", "likelihood")}
+    assert config == {"input_size": 3 * 16**2, "channels": 3, "likelihood": "logistic"}
     assert (checkpoint["epoch"], checkpoint["options"]["binarize"]) == (3, "none")
     metrics = json.loads((made / "metrics.json").read_text("utf-8"))
-    assert metrics["bits_per_dim"] == pytest.approx(metrics["nll"] / (3 * side**2) / math.log(2))
+    assert metrics["bits_per_dim"] == pytest.approx(metrics["nll"] / (3 * 16**2) / math.log(2))
     assert f"{metrics['bits_per_dim']:.3f}" in capsys.readouterr().out
 
 
 def test_a_gray_version_is_trained_and_tested_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
     np.savez(tmp_path / "mine.npz", images=make_images(60, 8))
     run(monkeypatch, train.main, "--dataset", tmp_path / "mine.npz", "--grayscale", *SMALL, "--out-dir", tmp_path)
-    made = tmp_path / "001-mine-z2"
+    made = tmp_path / "001-mine-z3"
     run(monkeypatch, train.main, "--resume", made, "--epochs=3")
     run(monkeypatch, evaluate.main, made, "--nll-samples=1")
     run(monkeypatch, evaluate.main, made, "--nll-samples=1", "--dataset", tmp_path / "mine.npz")
     assert runs.load_checkpoint(made)[0].config["channels"] == 1
 
 
-def test_a_colour_model_is_tested_on_gray_pictures(colours: ImageData, tmp_path: Path):
+def test_a_colour_model_is_tested_on_gray_pictures(colours: ImageData, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
     _, _, made = train.train(colours, epochs=1, hidden_size=8, latent_size=2, out_dir=tmp_path)
     np.savez(tmp_path / "gray.npz", images=make_images(60, 8)[..., 0])
     metrics = evaluate.evaluate_run(made, dataset=tmp_path / "gray.npz", nll_samples=1)
@@ -99,17 +93,14 @@ def test_a_colour_model_is_tested_on_gray_pictures(colours: ImageData, tmp_path:
         ("mnist-5k", {"binarize": "none"}, ("bernoulli", "none")),
         ("mnist-5k", {"likelihood": "logistic"}, ("logistic", "none")),
         ("cifar10", {}, ("logistic", "none")),
-        ("svhn", {"grayscale": True}, ("logistic", "none")),
         ("mine", {}, ("logistic", "none")),
-        ("mine", {"binarize": "none"}, ("logistic", "none")),
         ("mine", {"binarize": "threshold"}, ("bernoulli", "threshold")),
         ("mine", {"likelihood": "bernoulli"}, ("bernoulli", "dynamic")),
         ("mine", {"likelihood": "bernoulli", "binarize": "none"}, ("bernoulli", "none")),
     ],
 )
 def test_defaults_follow_the_data(name: str, given: dict, expected: tuple, colours: ImageData, tmp_path, monkeypatch):
-    images = [part[:, :1] if given.get("grayscale") else part for part in (colours.train_images, colours.test_images)]
-    data = ImageData(name, colours.classes, images[0], colours.train_labels, images[1], colours.test_labels)
+    data = replace(colours, name=name)
     monkeypatch.setattr(train, "draw", lambda *args: None)
     model, _, made = train.train(data, epochs=1, hidden_size=8, latent_size=2, out_dir=tmp_path, **given)
     options = runs.read_checkpoint(made)["options"]
@@ -119,7 +110,8 @@ def test_defaults_follow_the_data(name: str, given: dict, expected: tuple, colou
     assert (metrics["bits_per_dim"] is None) == (expected[0] == "bernoulli")
 
 
-def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, fails: Callable):
+def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     for likelihood, binarize in (("bernoulli", "dynamic"), ("logistic", "none")):
         model = VAE(192, 8, 2, likelihood=likelihood, channels=3)
         _, _, made = train.train(colours, model, epochs=1, out_dir=tmp_path)
@@ -129,10 +121,10 @@ def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, 
         train.train(colours, model, epochs=1, out_dir=tmp_path, likelihood="bernoulli")
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium", "bfloat16"])
+@pytest.mark.parametrize("precision", ["highest", "bfloat16"])
 def test_the_logistic_learns_in_any_precision(precision: str, colours: ImageData, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
-    options = {"epochs": 150, "hidden_size": 64, "latent_size": 6, "batch_size": 40, "lr": 5e-3, "device": "cpu"}
+    options = {"epochs": 75, "hidden_size": 64, "latent_size": 6, "batch_size": 20, "lr": 5e-3, "device": "cpu"}
     model, history, _ = train.train(colours, out_dir=tmp_path, precision=precision, **options)
     bits = [measure.bits_per_dim(history[i]["test_loss"], 192) for i in (0, -1)]
     assert bits[0] > 7

@@ -196,10 +196,14 @@ def wrong(change: Callable[[Tensor], Tensor]) -> Callable:
     return backend
 
 
-@pytest.mark.parametrize("precision", ["highest", "bfloat16"])
 @pytest.mark.parametrize(
-    ("change", "is_believed"),
-    [(lambda x: x + 0, True), (lambda x: x * math.nan, False), (lambda x: 1.5 * x, False)],
+    ("change", "is_believed", "precision"),
+    [
+        (lambda x: x + 0, True, "bfloat16"),
+        (lambda x: x * math.nan, False, "bfloat16"),
+        (lambda x: 1.5 * x, False, "bfloat16"),
+        (lambda x: 1.5 * x, False, "highest"),
+    ],
 )
 def test_a_wrong_program_is_not_believed(change, is_believed: bool, precision: str, monkeypatch, capsys):
     """PyTorch 2.14 compiles some convolutions in bfloat16 to nan, for example."""
@@ -236,7 +240,7 @@ def test_the_first_result_of_a_program_is_compared_whole(place: int):
 def test_it_takes_adams_epsilon_from_the_options(small: ImageData, tmp_path: Path, quick_compiler: None):
     written, compiled, other = (
         trained(Ordinary, small, tmp_path, 2, compile=compile, adam_eps=eps)
-        for compile, eps in ((False, 100.0), (True, 100.0), (True, 1e-8))
+        for compile, eps in ((False, 100.0), (True, 100.0), (False, 1e-8))
     )
     assert_same_losses(compiled, written)
     with pytest.raises(AssertionError):
@@ -395,11 +399,10 @@ def test_bfloat16_rounds_products_and_nothing_else():
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_bfloat16_follows_the_weights_as_they_change(compile: bool, small: ImageData, tmp_path: Path, quick_compiler):
+def test_bfloat16_follows_the_weights_as_they_change(small: ImageData, tmp_path: Path):
     """Losses stay float32's, but for rounding, while they halve: no step uses weights rounded in an earlier one."""
     precisions = ("bfloat16", "highest")
-    run, reference = (trained(Ordinary, small, tmp_path, 6, precision=name, compile=compile) for name in precisions)
+    run, reference = (trained(Ordinary, small, tmp_path, 6, precision=name, compile=False) for name in precisions)
     assert_same_losses(run, reference)
     *_, last = runs.read_checkpoint(reference)["history"]
     assert last["train_loss"] < 17

@@ -51,16 +51,25 @@ def torchrun(ranks: int, script: Path, *args: str) -> subprocess.CompletedProces
     return subprocess.run([*command, str(script), *args], capture_output=True, text=True, timeout=100, env=env)
 
 
+class Shaded(VAE):
+    """Has a buffer in which ranks differ."""
+
+    def __init__(self):
+        super().__init__(784, 32, 4)
+        self.register_buffer("shade", torch.tensor(float(utils.rank_and_ranks()[0])))
+
+
 def three_steps(data: ImageData) -> tuple[tuple[float, ...], dict[str, torch.Tensor]]:
     """The test losses, and Adam's average of the gradients of three batches of 127, at the same weights.
 
-    With noise that depends on the image.
+    With noise that depends on the image. Every rank tests with the buffers of the first.
     """
     rank, ranks = utils.rank_and_ranks()
     DiagonalNormal.rsample = lambda q, shape=(): q.mu + torch.exp(0.5 * q.logvar) * torch.sin(10 * q.mu.detach())
     torch.manual_seed(0)
-    model = VAE(784, 32, 4)
+    model = Shaded()
     losses = train.compute_test_losses(model, measure.make_test_set(data, "threshold"))
+    assert model.shade == 0
     adam = train.Adam(model.parameters(), lr=1e-3)
     step = train.make_step(model, adam, train.make_options())
     for first in (0, 127, 254):
@@ -90,23 +99,6 @@ def test_gradients_and_test_losses_are_those_of_one_process(digits: ImageData, m
             assert torch.linalg.norm(gradients[name] - gradient) <= 1e-5 * torch.linalg.norm(gradient)
 
 
-def train_from_other_weights(data: ImageData) -> None:
-    train.draw = lambda *args: None
-    with utils.process_group():
-        rank, _ = utils.rank_and_ranks()
-        torch.manual_seed(rank)
-        model, _, _ = train.train(data, VAE(784, 8, 2), batch_size=100, epochs=1, device="cpu", out_dir="runs")
-        torch.save(model.state_dict(), f"weights-{rank}.pt")
-
-
-def test_every_rank_trains_the_first_ones_weights(digits: ImageData):
-    """A model that each process has made itself."""
-    run_ranks(2, train_from_other_weights, thinned(digits, 10))
-    first, second = (torch.load(f"weights-{rank}.pt") for rank in range(2))
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight)
-
-
 def run_command(*args: str) -> None:
     """python train.py, in this process."""
     train.draw = lambda *args: None
@@ -134,7 +126,7 @@ def test_two_ranks_follow_one_process_and_one_continues_from_two(tmp_path: Path,
 
 
 def record_what_is_seen(data: ImageData) -> None:
-    """Each image has a class of its own."""
+    """Trains a model that each process makes itself, on images of which each has a class of its own."""
     numbers = torch.arange(len(data.train_images))
     data = replace(data, classes=list(map(str, range(len(numbers)))), train_labels=numbers)
     make_step = train.make_step
@@ -153,24 +145,29 @@ def record_what_is_seen(data: ImageData) -> None:
 
     train.make_step = recording
     train.draw = lambda *args: None
-    options = {name: value for name, value in OPTIONS.items() if name != "dataset"}
     with utils.process_group():
+        rank, _ = utils.rank_and_ranks()
         for batch_size in (128, 2499):
             seen.clear()
             noise.clear()
-            train.train(data, **options, batch_size=batch_size, epochs=1, out_dir="runs")
-            torch.save((seen, noise), f"seen-{utils.rank_and_ranks()[0]}-{batch_size}.pt")
+            torch.manual_seed(rank)
+            options = {"batch_size": batch_size, "epochs": 1, "device": "cpu", "out_dir": "runs"}
+            model, _, _ = train.train(data, VAE(784, 8, 2), **options)
+            torch.save((seen, noise, model.state_dict()), f"seen-{rank}-{batch_size}.pt")
 
 
 def test_three_ranks_use_every_image_once_with_noise_of_their_own(digits: ImageData):
     """5,000 images in batches of 128 leave 8 for the last, and batches of 2,499 leave 2: fewer than ranks,
-    which join the batch before."""
+    which join the batch before. All ranks train the first one's weights."""
     run_ranks(3, record_what_is_seen, digits)
     for batch_size in (128, 2499):
-        seen, noise = zip(*(torch.load(f"seen-{rank}-{batch_size}.pt") for rank in range(3)), strict=True)
+        seen, noise, weights = zip(*(torch.load(f"seen-{rank}-{batch_size}.pt") for rank in range(3)), strict=True)
         assert sorted(i for of_rank in seen for i in of_rank) == list(range(5000))
         draws = [draw for of_rank in noise for draw in of_rank]
         assert len(set(draws)) == len(draws)
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weights[1][name], weight)
+            torch.testing.assert_close(weights[2][name], weight)
 
 
 def test_a_rank_that_dies_ends_the_job_and_leaves_a_good_checkpoint(tmp_path: Path, digits: ImageData):
@@ -210,30 +207,10 @@ def load_in_turn() -> None:
         assert downloaded.exists()
         return torch.load("digits.pt", weights_only=False)
 
-    data._load = load
+    data.load_named = load
     with utils.process_group():
         assert len(data.load_dataset("mnist").train_images) == 5000
 
 
 def test_the_first_process_downloads_for_the_others():
     run_ranks(2, load_in_turn)
-
-
-class Shaded(VAE):
-    """Has a buffer in which ranks differ."""
-
-    def __init__(self):
-        super().__init__(784, 8, 2)
-        self.register_buffer("shade", torch.zeros(()))
-
-
-def losses_with_other_buffers(images: ImageData) -> None:
-    with utils.process_group():
-        model = Shaded()
-        model.shade.fill_(utils.rank_and_ranks()[0])
-        train.compute_test_losses(model, measure.make_test_set(images, "threshold"))
-        assert model.shade == 0
-
-
-def test_every_rank_tests_with_the_first_ones_buffers(digits: ImageData):
-    run_ranks(2, losses_with_other_buffers, thinned(digits, 10))

@@ -18,9 +18,9 @@ import pictures
 import runs
 import train
 from data import ImageData, inputs_and_targets
-from measure import Examples, make_test_set
+from measure import TestSet, make_test_set
 from model import VAE, loss_criterion
-from tests.conftest import thinned
+from tests.conftest import as_test_set, thinned
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def fit(data: ImageData) -> VAE:
     return vae.requires_grad_(False)
 
 
-def few(test_set: Examples, step: int) -> Examples:
+def few(test_set: TestSet, step: int) -> TestSet:
     """Every step-th image."""
-    return Examples(*(part[::step] for part in test_set))
+    return test_set.take(slice(None, None, step))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +56,8 @@ def few(test_set: Examples, step: int) -> Examples:
 def test_elbo_equals_torch_distributions(trained: VAE, digits: ImageData):
     test_set = make_test_set(digits, "threshold")
     torch.manual_seed(1)
-    bce, kl = measure.elbo_terms(trained, test_set)
+    found = measure.encode(trained, test_set)
+    bce, kl = found.reconstruction, found.kl
     torch.manual_seed(1)
     x_hat, logvar, mu, _ = trained(test_set.inputs)
     torch.testing.assert_close(bce, -Bernoulli(x_hat).log_prob(test_set.targets.flatten(1)).sum(1))
@@ -66,10 +67,10 @@ def test_elbo_equals_torch_distributions(trained: VAE, digits: ImageData):
 
 def test_elbo_in_batches(trained: VAE, digits: ImageData):
     test_set = make_test_set(digits, "dynamic")
-    whole_bce, whole_kl = measure.elbo_terms(trained, test_set, batch_size=1000)
-    bce, kl = measure.elbo_terms(trained, test_set, batch_size=77)
-    torch.testing.assert_close(kl, whole_kl)
-    assert bce.mean() == pytest.approx(whole_bce.mean(), abs=1)  # other draws of z
+    whole = measure.encode(trained, test_set, batch_size=1000)
+    parts = measure.encode(trained, test_set, batch_size=77)
+    torch.testing.assert_close(parts.kl, whole.kl)
+    assert parts.reconstruction.mean() == pytest.approx(whole.reconstruction.mean(), abs=1)  # other draws of z
 
 
 def test_nll_equals_the_integral_over_a_grid(small: ImageData):
@@ -87,59 +88,27 @@ def test_nll_equals_the_integral_over_a_grid(small: ImageData):
     exact = -(log_joint.logsumexp(1) + 2 * math.log(step))
     wide = copy.deepcopy(trained)  # p(x) does not depend on q, and one of twice its width misses no part of it
     wide.latent_z.logvar.bias += math.log(4)
-    estimate = measure.estimate_nll(wide, test_set, num_samples=10_000)
+    estimate, _ = measure.estimate_nll(wide, test_set, num_samples=10_000)
     assert (estimate - exact).abs().max() < 0.1
     assert (estimate - exact).mean().abs() < 0.01
 
 
-def test_nll_encodes_once_and_in_bounded_memory(trained: VAE, digits: ImageData, monkeypatch: pytest.MonkeyPatch):
-    test_set = few(make_test_set(digits, "dynamic"), 4)
-    encoded, decoded = [], []
-    posterior, likelihood = VAE.posterior, VAE.likelihood
-    monkeypatch.setattr(VAE, "posterior", lambda self, x, y: encoded.append(len(x)) or posterior(self, x, y))
-    monkeypatch.setattr(VAE, "likelihood", lambda self, z, y: decoded.append(z.numel()) or likelihood(self, z, y))
-    peaks = []
-    for num_samples in (20, 105):
-        encoded.clear()
-        decoded.clear()
-        measure.estimate_nll(trained, test_set, num_samples)
-        assert sum(encoded) == 250
-        assert sum(decoded) == num_samples * 250 * 2
-        peaks.append(max(decoded))
-    assert peaks[0] == peaks[1]
-
-
-def test_nll_in_float64(trained: VAE, digits: ImageData):
-    test_set = few(make_test_set(digits, "dynamic"), 4)
-    double = Examples(test_set.inputs.double(), test_set.targets.double(), test_set.labels)
-    nll = measure.estimate_nll(copy.deepcopy(trained).double(), double, 20)
-    assert nll.dtype == torch.float64
-    expected = measure.estimate_nll(trained, test_set, 20)
-    assert nll.mean().item() == pytest.approx(expected.mean().item(), rel=0.01)  # other draws
-
-
 def test_nll_of_one_sample_is_the_negative_elbo(trained: VAE, digits: ImageData):
     test_set = few(make_test_set(digits, "dynamic"), 2)
-    nll = torch.stack([measure.estimate_nll(trained, test_set, 1, seed).mean() for seed in range(40)])
-    elbo = torch.stack([sum(measure.elbo_terms(trained, test_set)).mean() for _ in range(40)])
+    nll = torch.stack([measure.estimate_nll(trained, test_set, 1, seed)[0].mean() for seed in range(40)])
+    elbo = torch.stack([measure.encode(trained, test_set).neg_elbo.mean() for _ in range(40)])
     standard_error = ((nll.var() + elbo.var()) / 40).sqrt()
     assert (nll.mean() - elbo.mean()).abs() < 4 * standard_error
     assert standard_error < 0.2
 
 
-def test_nll_tightens_as_samples_are_added(trained: VAE, digits: ImageData):
-    test_set = few(make_test_set(digits, "dynamic"), 10)
-    bounds = [measure.estimate_nll(trained, test_set, k).mean().item() for k in (1, 4, 16, 64, 256)]
-    assert bounds == sorted(bounds, reverse=True)
-
-
 def test_nll_is_seeded_and_rounding_does_no_harm(trained: VAE, digits: ImageData, monkeypatch: pytest.MonkeyPatch):
     test_set = few(make_test_set(digits, "dynamic"), 10)
-    rounded, again, other = (measure.estimate_nll(trained, test_set, 100, seed) for seed in (0, 0, 1))
+    rounded, again, other = (measure.estimate_nll(trained, test_set, 100, seed)[0] for seed in (0, 0, 1))
     assert torch.equal(rounded, again)
     assert not torch.equal(rounded, other)
     monkeypatch.setattr(measure, "choose_precision", lambda *_, **__: "highest")
-    exact = measure.estimate_nll(trained, test_set, 100)
+    exact, _ = measure.estimate_nll(trained, test_set, 100)
     assert rounded.mean().item() == pytest.approx(exact.mean().item(), abs=0.01)
 
 
@@ -147,7 +116,7 @@ def test_nll_of_extreme_logits():
     vae = VAE(4, 2, 1)
     torch.nn.init.constant_(vae.decoder.fc2.bias, 1e4)
     zeros = torch.zeros(3, 4)
-    nll = measure.estimate_nll(vae, Examples(zeros, zeros, torch.zeros(3, dtype=torch.int64)), 5)
+    nll, _ = measure.estimate_nll(vae, as_test_set(zeros), 5)
     assert nll.tolist() == pytest.approx([4e4] * 3, rel=2**-8)  # of bfloat16
 
 
@@ -166,7 +135,9 @@ def test_active_units_are_those_that_vary():
 def test_evaluate_is_seeded(trained: VAE, digits: ImageData):
     images = digits.test_images[:50]
     first = evaluate.evaluate(trained, images, nll_samples=3, seed=4)
-    assert first == evaluate.evaluate(trained, images, nll_samples=3, seed=4)
+    again = evaluate.evaluate(trained, images, nll_samples=3, seed=4)
+    assert torch.equal(first["per_image"].nll, again["per_image"].nll)
+    assert first | {"per_image": None} == again | {"per_image": None}
     assert first["nll"] != evaluate.evaluate(trained, images, nll_samples=3, seed=5)["nll"]
     assert first["num_images"] == 50
     assert first["neg_elbo"] == pytest.approx(first["reconstruction"] + first["kl"])
@@ -201,27 +172,27 @@ def of_each_class(digits: ImageData, place: int) -> list[int]:
 def test_reconstructions_show_image_input_and_output(trained: VAE, digits: ImageData):
     test_set, firsts = make_test_set(digits, "dynamic"), of_each_class(digits, 0)
     images = digits.test_images[firsts, 0] / 255
-    figure = pictures.draw_reconstructions(trained, digits, test_set, "caption")
+    figure = pictures.draw_reconstructions(trained, test_set, "caption")
     tiles = picture(figure, 3)
     assert torch.equal(tiles[0], images)
     assert torch.equal(tiles[1], test_set.inputs[firsts, 0])
     torch.testing.assert_close(tiles[2].float(), trained.reconstruct(tiles[1].float()))
     assert "caption" in figure.axes[0].get_title()
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == digits.classes
-    tiles = picture(pictures.draw_reconstructions(trained, digits, make_test_set(digits, "none"), ""), 2)
+    tiles = picture(pictures.draw_reconstructions(trained, make_test_set(digits, "none"), ""), 2)
     torch.testing.assert_close(tiles[1].float(), trained.reconstruct(images))
 
 
 def test_prior_samples_are_decoded_draws(trained: VAE, digits: ImageData):
     state = torch.get_rng_state()
-    tiles = picture(pictures.draw_prior_samples(trained, digits, "", seed=5), 10)
+    tiles = picture(pictures.draw_prior_samples(trained, make_test_set(digits, "none"), "", seed=5), 10)
     assert torch.equal(torch.get_rng_state(), state)
     z = torch.randn(100, 2, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(tiles.reshape(100, 784), trained.decode(z))
 
 
 def test_interpolations_start_and_end_at_the_images(trained: VAE, digits: ImageData):
-    figure = pictures.draw_interpolations(trained, digits, make_test_set(digits, "threshold"), "")
+    test_set = make_test_set(digits, "threshold")
+    figure = pictures.draw_interpolations(trained, test_set, measure.encode(trained, test_set).mu, "")
     tiles, lasts = picture(figure, 5), digits.test_images[of_each_class(digits, -1)].flatten(1) / 255
     torch.testing.assert_close(tiles[:, 0].flatten(1), trained.reconstruct(lasts[:5]))
     torch.testing.assert_close(tiles[:, -1].flatten(1), trained.reconstruct(lasts[5:]))
@@ -239,17 +210,12 @@ class Shaded(VAE):
         return Independent(Bernoulli(logits=logits), 1)
 
 
-def test_walks_change_labels_in_the_middle(digits: ImageData):
-    model, test_set = Shaded(784, 4, 2), make_test_set(digits, "dynamic")
-    walks = picture(pictures.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
-    start, end = (torch.arange(5) / 10).clamp(1e-4), torch.arange(5, 10) / 10
-    torch.testing.assert_close(walks, torch.stack([start] * 5 + [end] * 6, 1))
-
-
 def test_samples_of_few_classes_have_labels_that_exist(digits: ImageData):
     labels = {f"{part}_labels": getattr(digits, f"{part}_labels") % 3 for part in ("train", "test")}
     three = replace(digits, classes=["a", "b", "c"], **labels)
-    shades = picture(pictures.draw_prior_samples(Shaded(784, 4, 2), three, ""), 10).mean((1, 2, 3))
+    shades = picture(pictures.draw_prior_samples(Shaded(784, 4, 2), make_test_set(three, "none"), ""), 10).mean(
+        (1, 2, 3)
+    )
     torch.testing.assert_close(shades, (torch.arange(10) % 3 / 10).clamp(1e-4))
 
 
@@ -260,25 +226,30 @@ def test_a_run_is_evaluated_with_its_labels(digits: ImageData, tmp_path: Path, m
     _, _, run = train.train(few_digits, model, epochs=1, lr=1e-9, out_dir=tmp_path)
     metrics = evaluate.evaluate_run(run, model, few_digits, nll_samples=1)
     expected = evaluate.evaluate(model, few_digits.test_images, nll_samples=1, labels=few_digits.test_labels)
+    del expected["per_image"]
     assert {name: metrics[name] for name in expected} == expected
 
 
 def test_one_gray_target_is_enough_to_be_no_likelihood():
     targets = torch.zeros(3, 4)
     model, labels = VAE(4, 2, 1), torch.zeros(3, dtype=torch.int64)
-    assert measure.is_likelihood(model, Examples(targets, targets, labels))
+    assert measure.is_likelihood(model, as_test_set(targets, labels))
     targets[2, 3] = 0.5
-    assert not measure.is_likelihood(model, Examples(targets, targets, labels))
+    assert not measure.is_likelihood(model, as_test_set(targets, labels))
 
 
 def test_labels_reach_the_pictures_and_the_metrics(digits: ImageData):
     model, test_set = Shaded(784, 4, 2), make_test_set(digits, "dynamic")
-    samples = picture(pictures.draw_prior_samples(model, digits, ""), 10).mean((2, 3))
+    samples = picture(pictures.draw_prior_samples(model, test_set, ""), 10).mean((2, 3))
     torch.testing.assert_close(samples, (torch.arange(10) / 10).clamp(1e-4)[:, None].expand(10, 10))
-    shown = picture(pictures.draw_reconstructions(model, digits, test_set, ""), 3)[2].mean((1, 2))
+    shown = picture(pictures.draw_reconstructions(model, test_set, ""), 3)[2].mean((1, 2))
     torch.testing.assert_close(shown, (torch.arange(10) / 10).clamp(1e-4))
-    walks = picture(pictures.draw_interpolations(model, digits, test_set, ""), 5).mean((2, 3))
-    torch.testing.assert_close(walks[:, -1] - walks[:, 0], torch.full((5,), 0.5), atol=1e-3, rtol=0)
+    walks = picture(pictures.draw_interpolations(model, test_set, torch.zeros(len(test_set.labels), 2), ""), 5).mean(
+        (2, 3)
+    )
+    start = (torch.arange(5) / 10).clamp(1e-4)
+    end = torch.arange(5, 10) / 10
+    torch.testing.assert_close(walks, torch.stack([start] * 5 + [end] * 6, 1))  # they change in the middle
     metrics = evaluate.evaluate(model, digits.test_images, nll_samples=2, labels=digits.test_labels)
     p = (digits.test_labels / 10).clamp(1e-4)[:, None]
     expected = -Bernoulli(p).log_prob(test_set.targets.flatten(1)).sum(1).mean().item()
@@ -295,7 +266,7 @@ def test_colour_is_drawn_in_colour():
 
 
 def test_manifold_is_the_priors_quantiles(trained: VAE, digits: ImageData):
-    figure = pictures.draw_manifold(trained, digits, "", steps=4)
+    figure = pictures.draw_manifold(trained, digits.shape, "", steps=4)
     tiles = picture(figure, 4)
     quantile = Normal(0.0, 1.0).icdf
     for row, column in ((0, 0), (3, 1), (2, 3)):
@@ -311,7 +282,8 @@ def test_latent_usage_sorts_the_kl(digits: ImageData):
     vae.latent_z.mu.weight.data *= 10
     vae.latent_z.mu.weight.data[3] = 0
     test_set = make_test_set(digits, "none")
-    figure = pictures.draw_latent_usage(vae, test_set, "")
+    found = measure.encode(vae, test_set)
+    figure = pictures.draw_latent_usage(found.mu, found.kl_by_latent, "")
     heights = [bar.get_height() for bars in figure.axes[0].containers for bar in bars]
     logvar, mu = vae.encode(test_set.inputs)[1:]
     kl = torch.distributions.kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)).mean(0)
@@ -324,7 +296,8 @@ def test_latent_usage_sorts_the_kl(digits: ImageData):
 @pytest.mark.parametrize("latent_size", [1, 2, 5])
 def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageData):
     vae, digits = VAE(784, 32, latent_size), replace(digits, classes=["_", "_1", *digits.classes[2:]])
-    axes = pictures.draw_latent_space(vae, digits, make_test_set(digits, "none"), "").axes[0]
+    test_set = make_test_set(digits, "none")
+    axes = pictures.draw_latent_space(test_set, measure.encode(vae, test_set).mu, "").axes[0]
     points = torch.tensor(axes.collections[0].get_offsets().data).float()
     mu = vae.encode(digits.test_images / 255)[2].detach()
     if latent_size == 2:
@@ -350,7 +323,17 @@ PICTURES = {
     "traversals.png",
 }
 KEYS = {
-    *("neg_elbo", "neg_elbo_se", "reconstruction", "kl", "kl_per_latent", "nll", "nll_se", "nll_samples"),
+    *(
+        "neg_elbo",
+        "neg_elbo_se",
+        "reconstruction",
+        "kl",
+        "kl_per_latent",
+        "nll",
+        "nll_se",
+        "nll_samples",
+        "effective_samples",
+    ),
     *("bits_per_dim", "active_units", "latent_size", "num_images", "dataset", "hold_out", "binarize"),
 }
 
@@ -381,12 +364,13 @@ def test_command(trained: VAE, digits: ImageData, tmp_path: Path, monkeypatch: p
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics.keys() == KEYS
     expected = evaluate.evaluate(trained, digits.test_images, "threshold", 3, seed=9)
-    del expected["nll_per_image"]
+    del expected["per_image"]
     assert metrics == expected | {"dataset": "mnist-5k", "hold_out": 0, "binarize": "threshold"}
     output = capsys.readouterr().out
     assert f"{metrics['neg_elbo']:.2f} nats per image" in output
     assert f"{metrics['nll']:.2f} nats per image, standard error {metrics['nll_se']:.2f}" in output
 
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: path.touch())  # which takes most of the time
     other = tmp_path / "other" / "place"
     call(monkeypatch, run / "checkpoint.pt", "--nll-samples", "1", "--binarize", "none", "--out-dir", other)
     gray = json.loads((other / "metrics.json").read_text())
@@ -397,24 +381,16 @@ def test_command(trained: VAE, digits: ImageData, tmp_path: Path, monkeypatch: p
     assert " nll " not in printed
 
 
-def test_printed_kl_is_sorted(trained: VAE, digits: ImageData, capsys: pytest.CaptureFixture):
-    metrics = evaluate.evaluate(trained, digits.test_images, nll_samples=1)
-    kls = [0.5, 0, 3, *[1] * 8, 2.25]
-    evaluate.print_metrics(metrics | {"kl_per_latent": kls}, "title")
-    lines = capsys.readouterr().out.splitlines()
-    first = next(i for i, line in enumerate(lines) if "by latent" in line) + 1
-    assert [float(word) for line in lines[first : first + 2] for word in line.split()] == sorted(kls)[::-1]
-
-
 def test_command_on_an_original_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: ImageData):
     vae = VAE(784, 16, 4)
     kept = {name: vae.config[name] for name in ("input_size", "hidden_size", "latent_size")}
     path = tmp_path / "vae.pt"
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: path.touch())
     torch.save({"model_state_dict": vae.state_dict(), "optimizer_state_dict": {}, "model": kept}, path)
     call(monkeypatch, path, "--dataset", "mnist-5k", "--nll-samples", "2")
     metrics = json.loads((tmp_path / "vae" / "metrics.json").read_text())
     expected = evaluate.evaluate(vae, digits.test_images, "dynamic", 2)
-    assert all(metrics[name] == expected[name] for name in expected.keys() - {"nll_per_image"})
+    assert all(metrics[name] == expected[name] for name in expected.keys() - {"per_image"})
     assert {path.name for path in tmp_path.iterdir()} == {"vae.pt", "vae"}
     assert {path.name for path in (tmp_path / "vae").iterdir()} == PICTURES | {"least_likely.png", "metrics.json"}
 
@@ -428,10 +404,7 @@ def test_bad_calls(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPa
     assert "9 values" in fails(evaluate.main, run, "--dataset", "mnist-5k")
     for option, value in (
         ("--nll-samples", "0"),
-        ("--nll-samples", "many"),
-        ("--seed", "-1"),
         ("--seed", str(10**20)),
-        ("--nll-samples", str(10**20)),
         ("--data-dir", __file__),
         ("--device", "cuda"),
         ("--binarize", "often"),

@@ -96,7 +96,7 @@ def epochs_in_csv(run: Path) -> list[int]:
 
 
 @not_windows
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_killed_at_random_moments(name: str, options: dict, tmp_path: Path, monkeypatch, capsys):
     """And after Ctrl-C, the command says how to continue."""
     out_dir = options["out_dir"]
@@ -106,7 +106,7 @@ def test_killed_at_random_moments(name: str, options: dict, tmp_path: Path, monk
     number = getattr(signal, name)
     options |= {"data_dir": "it's here"}
     words = words_of(options | {"epochs": 10**6})
-    for kill in range(7):
+    for kill in range(6):
         with started(words, output) as process:
             if number != signal.SIGKILL or kill > 2:  # the others are killed as they start
                 wait_for_an_epoch(out_dir)
@@ -123,7 +123,7 @@ def test_killed_at_random_moments(name: str, options: dict, tmp_path: Path, monk
         words = ["train.py", "--resume", str(run), "--data-dir", "it's here"]
         if number == signal.SIGINT:
             assert output.read_text() == f"--resume {run} continues this run\ntrain.py: interrupted\n"
-    assert epoch >= 4
+    assert epoch >= 3
 
     monkeypatch.setattr(sys, "argv", [*words, f"--epochs={epoch + 1}"])
     train.main()
@@ -155,8 +155,7 @@ def test_out_of_disk_space(options: dict, tmp_path: Path):
 
 
 def interrupted_step(*batch: Tensor) -> Tensor:
-    signal.raise_signal(signal.SIGINT)
-    return torch.zeros(())
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("fault", ["interrupted", "not finite"])

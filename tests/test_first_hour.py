@@ -1,13 +1,10 @@
 """What went wrong in other people's first hour: inherited settings, copied folders, namesakes, two commands at once."""
 
-import errno
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> dict[str, object]:
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """A small run's options. No pictures are drawn."""
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
     small = {"hidden_size": 16, "latent_size": 2, "epochs": 1, "device": "cpu", "compile": False}
     return small | {"out_dir": tmp_path / "runs"}
 
@@ -57,44 +57,25 @@ for main, *words in ((train.main, *{train!r}), (evaluate.main, {run!r}, "--nll-s
 
 def test_neither_a_backend_nor_the_locale_matters(few_digits: Path, tmp_path: Path):
     """A notebook's backend may not be installed here, and files are UTF-8 even where the locale is ASCII."""
-    run = tmp_path / "001-few-z2"
+    run = tmp_path / "001-few-z3"
     options = tmp_path / "options.txt"
     options.write_text(f"# for \N{GREEK SMALL LETTER BETA}\n--dataset '{few_digits}' --epochs 1", encoding="utf-8")
-    words = [f"@{options}", "--latent-size=2", "--binarize=dynamic", f"--out-dir={tmp_path}"]
+    words = [f"@{options}", "--latent-size=3", "--binarize=dynamic", f"--out-dir={tmp_path}"]
     code = COMMANDS.format(root=str(ROOT), train=words, run=str(run))
     locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = run_script("-c", code, MPLBACKEND="no-such-backend", **locale)
     assert (done.returncode, done.stderr) == (0, "")
     page, script = (path.read_text(encoding="utf-8") for path in (run / "explorer.html", ROOT / "docs" / "page.js"))
     assert {letter for letter in script if ord(letter) > 127} <= set(page)
-    assert {"curves.png", "manifold.png"} <= {path.name for path in run.iterdir()}
+    assert {"curves.png", "latent_usage.png"} <= {path.name for path in run.iterdir()}
 
 
 def test_a_notebook_keeps_its_backend(few: ImageData, options: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    train.train(few, **options)
+    _, _, run = train.train(few, **options)
+    assert (run / "curves.png").exists()
     assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
-
-
-def test_every_file_is_read_and_written_as_utf_8():
-    opens = re.compile(r"(\.read_text|\.write_text|(?<!def )(?<!\.)\bopen)\(")
-    for path in {*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")} - set((ROOT / "tests").iterdir()):
-        for line in filter(opens.search, path.read_text(encoding="utf-8").splitlines()):
-            assert re.search(r'encoding="utf-8|"[rw]b"', line), f"{path}: {line}"
-
-
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
-def test_a_file_system_that_cannot_sync(code: int, few, options: dict, monkeypatch: pytest.MonkeyPatch, capsys):
-    def refuse(descriptor: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    if code == errno.EIO:  # the file is not on the disk
-        with pytest.raises(OSError, match=r"checkpoint\.pt"):
-            train.train(few, **options)
-    else:
-        _, _, run = train.train(few, **options)
-        assert (run / "curves.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,18 +129,6 @@ def test_two_processes_write_the_same_file(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_commands_start_at_once(few_digits: Path, tmp_path: Path):
-    """On an empty machine, without run folders and matplotlib's cache."""
-    cache, out_dir = str(tmp_path / "mpl"), tmp_path / "runs"
-    words = ("--dataset", few_digits, "--epochs=1", "--hidden-size=16", "--out-dir", out_dir)
-    with ThreadPoolExecutor() as pool:
-        both = list(pool.map(lambda _: run_script(ROOT / "train.py", *words, MPLCONFIGDIR=cache), range(2)))
-    assert [done.returncode for done in both] == [0, 0], both
-    weights = [runs.read_checkpoint(run)["model_state_dict"] for run in out_dir.iterdir()]
-    assert len(weights) == 2
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Which run is the newest
 
@@ -170,23 +139,23 @@ def test_a_run_in_its_first_epoch_is_not_the_newest(few, options: dict, monkeypa
     capsys.readouterr()
     metrics = evaluate.evaluate_run(run.parent, dataset=few, nll_samples=1)
     printed = capsys.readouterr()
-    assert printed.err == f"{unfinished} has not finished an epoch yet; taking {run}\n"
-    assert printed.out.startswith(f"{run / 'checkpoint.pt'}: ") and metrics["num_images"] == 50
+    assert str(unfinished) in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out.startswith(f"{run / 'checkpoint.pt'}: ")
+    assert metrics["num_images"] == 50
     evaluate.evaluate_run(run, dataset=few, nll_samples=1)
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="after an epoch"):
         runs.checkpoint_path(unfinished)
 
 
-@pytest.mark.parametrize("suffix", [" copy", " (1)", ".sync-conflict-20240101", "-backup"])
-def test_a_copy_is_not_taken_for_the_newest(suffix: str, few, options: dict, fails: Callable):
-    _, _, first = train.train(few, **options)
+def test_a_copy_is_not_taken_for_the_newest(few, options: dict):
+    train.train(few, **options)
     _, _, run = train.train(few, **options)
-    shutil.copytree(first, f"{first}{suffix}")
-    assert runs.newest_run(run.parent) == run
-    copy = Path(shutil.copytree(run, f"{run}{suffix}"))
-    assert f"{run} and {copy} have the same number" in fails(evaluate.main, run.parent)
-    assert runs.checkpoint_path(copy).parent == copy
+    for suffix in (" copy", "-backup"):
+        copy = Path(shutil.copytree(run, f"{run}{suffix}"))
+        assert runs.newest_run(run.parent) == run
+        assert runs.checkpoint_path(copy).parent == copy
     assert runs.new_run_folder(run.parent, "few", 2).name == "003-few-z2"
 
 
@@ -212,18 +181,12 @@ def test_windows_paths_and_editors_in_an_argument_file(tmp_path: Path):
     assert given == {"data_dir": "C:\\new\\data", "out_dir": "D:\\my runs\\", "dataset": "\\\\server\\it"}
 
 
-NEAR = {"--epoch": "--epochs", "--latnt-size": "--latent-size", "--batch_size": "--batch-size"}
-NEAR |= {"-epochs": "--epochs", "--no-averge": "--no-average", "runs --seeds": "--seed"}
-
-
-@pytest.mark.parametrize("wrong", NEAR)
-def test_the_nearest_option_is_suggested(wrong: str, fails: Callable):
-    for words in (f"{wrong} 5", f"{wrong}=5"):
-        assert f"(did you mean {NEAR[wrong]}?)" in fails(train.main, *words.split())
-
-
-def test_nothing_is_suggested_for_what_is_far_from_all_options(fails: Callable):
-    assert "(see --help)" in fails(train.main, "--number-of-layers", "3")
+def test_the_nearest_option_is_suggested(fails: Callable):
+    near = {"--latnt-size": "--latent-size", "-epochs": "--epochs", "runs --batch_size": "--batch-size"}
+    for wrong, right in near.items():
+        for words in (f"{wrong} 5", f"{wrong}=5"):
+            assert f"did you mean {right}?" in fails(train.main, *words.split())
+    assert "did you mean" not in fails(train.main, "--number-of-layers", "3")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,12 +212,10 @@ def test_a_normalization_and_a_batch_of_one_image(images, batch_size, is_possibl
     assert not options["out_dir"].exists()
 
 
-WRONG = [{"dataset": wrong} for wrong in (torch.zeros(9, 28, 28), [1, 2])]
-WRONG += [{"model": wrong} for wrong in ({}, "conv", lambda dataset, options: None)]
-WRONG += [{"on_epoch": wrong} for wrong in (5, lambda model: None)]
-
-
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dataset": torch.zeros(9, 28, 28)}, {"dataset": [1, 2]}, {"model": "conv"}, {"on_epoch": lambda model: None}],
+)
 def test_wrong_arguments_are_refused_before_the_first_step(wrong: dict, few, options: dict, capsys):
     with pytest.raises((UserError, TypeError)):
         train.train(**{"dataset": few} | wrong, **options)
@@ -270,9 +231,8 @@ def test_wrong_arguments_of_resume_and_evaluate(few, options: dict):
         lambda: evaluate.evaluate_run(run, dataset=tensor),
         lambda: evaluate.evaluate_run(run, dataset=few, nll_samples=1.5),
         lambda: evaluate.evaluate(model, tensor, labels=labels[:3]),
-        lambda: evaluate.evaluate(model, tensor, labels=labels.tolist()),
         lambda: evaluate.evaluate(model, tensor, labels=labels.float()),
     ):
-        with pytest.raises(UserError, match=r"dataset must be|whole number|labels must be"):
+        with pytest.raises(UserError):
             call()
     evaluate.evaluate_run(run, dataset=few, device=torch.device("cpu"), nll_samples=1)

@@ -64,10 +64,19 @@ def pictures(run: Path) -> set[str]:
     return {path.stem for path in run.glob("*.png")}
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of the pictures of evaluate.py, which draws but does not render them. That takes most of the time."""
+    names = set()
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: names.add(path.stem))
+    return names
+
+
 def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatch, fails, capsys):
     out_dir = tmp_path / "runs"
     monkeypatch.chdir(tmp_path)
-    args = ["--dataset", folder.name, "--image-size=16", *SMALL, "--out-dir", out_dir]
+    args = ["--dataset", folder.name, "--image-size=16", *SMALL, "--latent-size=3", "--out-dir", out_dir]
     broken = folder / "cross" / "broken.png"
     broken.write_bytes((folder / "cross" / "001.png").read_bytes()[:60])
     assert str(broken) in fails(train.main, *args)
@@ -78,7 +87,8 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert "200 pictures in gray, cropped square at the centre and resized to 16 x 16" in printed
     (made,) = out_dir.iterdir()
-    assert made.name == "001-my shapes-z2"
+    assert made.name == "001-my shapes-z3"
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     model, checkpoint = runs.load_checkpoint(made)
     assert model.config["input_size"] == 256
     assert checkpoint["options"]["dataset"] == str(folder)
@@ -94,11 +104,10 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     assert len(codes["name"]) == metrics["num_images"]
     assert all((folder / name).is_file() for name in codes["name"])
     assert [name.split("/")[0] for name in codes["name"]] == codes["label"].tolist()
-    drawn = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage", "manifold"}
-    drawn |= {"traversals", "least_likely"}
-    assert pictures(made) == drawn
+    drawn = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage"}
+    assert pictures(made) == drawn | {"traversals", "least_likely"}
 
-    monkeypatch.setattr(evaluate, "save_figure", lambda *args: None)  # it takes most of the time
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())  # it takes most of the time
     moved = folder.rename(tmp_path / "moved")
     for main, *args in ((evaluate.main, made), (train.main, "--resume", made, "--epochs=4")):
         message = fails(main, *args)
@@ -149,7 +158,7 @@ def test_labels_in_a_cyclic_order_are_on_both_sides(tmp_path: Path):
     assert torch.equal(*parts)
 
 
-def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: set[str]):
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (4, 5, 5), dtype=np.uint8))
     args = ["--epochs=1", "--hidden-size=8", "--latent-size=3", "--out-dir", tmp_path / "runs"]
     run(monkeypatch, train.main, "--dataset", tmp_path / "few.npz", *args)
@@ -157,6 +166,7 @@ def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = (tmp_path / "runs" / "001-few-z3" / "metrics.json").read_text()
     assert json.loads(text)["num_images"] == 2
     assert "NaN" not in text
+    assert len(drawn) == 7
 
 
 def test_few_pictures_whose_names_would_all_be_for_testing(tmp_path: Path):
@@ -165,17 +175,6 @@ def test_few_pictures_whose_names_would_all_be_for_testing(tmp_path: Path):
         save_picture(tmp_path / name)
     dataset = load_dataset(str(tmp_path))
     assert (len(dataset.train_images), len(dataset.test_images)) == (3, 2)
-
-
-def test_names_with_signs_of_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = tmp_path / "a$b"
-    for i in range(60):
-        path = root / ("b$\\foo$", "c$")[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_picture(i % 2, 200, (30, 30)).save(path)
-    run(monkeypatch, train.main, "--dataset", root, *SMALL, "--latent-size=3", "--out-dir", tmp_path / "runs")
-    run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
-    assert len(pictures(tmp_path / "runs" / "001-a$b-z3")) == 8
 
 
 def test_pictures_are_square_and_upright_in_their_colours(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -224,15 +223,6 @@ def test_one_picture_in_colour_makes_all_of_them_rgb(tmp_path: Path):
     assert load_dataset(str(tmp_path / "gray")).shape == (3, 28, 28)
 
 
-def test_gray_is_the_luminance_of_pil(tmp_path: Path):
-    images = np.random.default_rng(0).integers(0, 256, (20, 40, 50, 3), dtype=np.uint8)
-    np.savez(tmp_path / "mine.npz", images=images)
-    in_colour, gray = (load_dataset(str(tmp_path / "mine.npz"), channels=channels) for channels in (3, 1))
-    assert (in_colour.shape, gray.shape) == ((3, 40, 50), (1, 40, 50))
-    for rgb, luminance in zip(in_colour.train_images, gray.train_images, strict=True):
-        assert np.array_equal(Image.fromarray(rgb.permute(1, 2, 0).numpy()).convert("L"), luminance[0])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders as they are found
 
@@ -241,10 +231,7 @@ def test_gray_is_the_luminance_of_pil(tmp_path: Path):
     ("train_name", "test_name"),
     [
         ("train", "test"),
-        ("training", "testing"),
-        ("Train", "VAL"),
         ("TRAINING", "Validation"),
-        ("train", "valid"),
         ("seg_train", "seg_test"),
         ("train2017", "val2017"),
         ("Training Set", "test-images"),
@@ -275,12 +262,10 @@ def test_the_validation_set_is_left_out_if_there_is_a_test_set(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["train"], "train"),
         (["Training", "cat", "dog"], "Training"),
         (["test", "val", "cat"], "test"),
         (["cat/train", "cat/test", "dog/train", "dog/test"], "cat/test"),
         (["mine/train/cat", "mine/test/cat"], "mine/test"),
-        (["train/train", "test/test"], "train/train"),
     ],
 )
 def test_half_a_split_is_not_a_class(names: list[str], says: str, tmp_path: Path, fails: Callable):
@@ -289,7 +274,6 @@ def test_half_a_split_is_not_a_class(names: list[str], says: str, tmp_path: Path
             save_picture(tmp_path / "data" / name / f"{i}.png")
     message = fails(train.main, "--dataset", tmp_path / "data", "--out-dir", tmp_path / "runs")
     assert f"{tmp_path / 'data' / says}" in message
-    assert "one folder for training and one for testing" in message
 
 
 def test_classes_whose_names_only_look_like_a_split(tmp_path: Path):
@@ -314,21 +298,24 @@ def test_labels_are_not_needed(train_class: str, test_class: str, classes: list,
         assert [classes[label] for label in labels] == [name.rstrip("/") or classes[-1]] * 4
 
 
-def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    root = tmp_path / os.fsdecode(b"mus\xe9e")
-    for i in range(30):
-        save_picture(root / os.fsdecode(b"\xe9t\xe9") / os.fsdecode(b"%d\xff.png" % i), shade=100 + i)
+def test_names_that_are_not_utf_8_or_have_signs_of_formulas(tmp_path: Path, monkeypatch, capsys):
+    root = tmp_path / os.fsdecode(b"mus\xe9e$")
+    for i in range(60):
+        name = (b"\xe9t\xe9", b"b$\\foo$")[i % 2]
+        save_picture(root / os.fsdecode(name) / os.fsdecode(b"%d\xff.png" % i), shade=100 + i)
     (root / os.fsdecode(b"notes\xff.doc")).touch()
     arguments = ["--dataset", root, "--image-size=8", *SMALL, "--latent-size=3", "--out-dir", tmp_path / "runs"]
     run(monkeypatch, train.main, *arguments)
     printed = capsys.readouterr().out
-    assert "30 pictures in gray" in printed
+    assert "60 pictures in gray" in printed
     assert r"1 left out, such as *.doc" in printed
     (made,) = (tmp_path / "runs").iterdir()
+    monkeypatch.setattr(train, "draw", lambda *args: None)
     run(monkeypatch, train.main, "--resume", made, "--epochs=3")
     run(monkeypatch, evaluate.main, made, "--nll-samples=2")
     capsys.readouterr().out.encode()
-    assert load_dataset(str(root)).classes == [r"\xe9t\xe9"]
+    assert len(pictures(made)) == 8
+    assert sorted(load_dataset(str(root)).classes) == [r"\xe9t\xe9", r"b$\foo$"]
     (root / os.fsdecode(b"\xe9t\xe9") / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"\\xff\.png is damaged") as error:
         load_dataset(str(root))
@@ -349,7 +336,7 @@ def test_odd_exif_is_no_reason_to_refuse_a_picture(odd: tuple[int, int, int, byt
     assert (image[:, :3] < 50).all()
 
 
-@pytest.mark.parametrize("kind", [struct.error, TypeError, AttributeError, OverflowError, EOFError, ZeroDivisionError])
+@pytest.mark.parametrize("kind", [struct.error, TypeError, ZeroDivisionError])
 def test_whatever_pil_raises_names_the_file(kind: type[Exception], folder: Path, monkeypatch, fails: Callable):
     prepare = PngImageFile.load_prepare
 
@@ -359,9 +346,7 @@ def test_whatever_pil_raises_names_the_file(kind: type[Exception], folder: Path,
         prepare(picture)
 
     monkeypatch.setattr(PngImageFile, "load_prepare", fail)
-    message = fails(train.main, "--dataset", folder, "--out-dir", folder / "runs")
-    assert str(folder / "cross" / "004.png") in message
-    assert "odd" in message
+    assert str(folder / "cross" / "004.png") in fails(train.main, "--dataset", folder)
 
 
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="PIL without JPEG 2000")
@@ -381,12 +366,12 @@ def test_dark_images_get_one_warning(tmp_path: Path, capsys: pytest.CaptureFixtu
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     np.savez(tmp_path / "bits.npz", images=(random.random((40, 12, 12)) < 0.3).astype(np.uint8))
     np.savez(tmp_path / "dark.npz", images=random.integers(0, 65, (40, 12, 12), dtype=np.uint8))
-    for name, says in (("", ["is 15 of 255", "65,535"]), ("bits.npz", ["is 1 of 255", "multiply by 255"])):
+    for name, brightest in (("", 15), ("bits.npz", 1)):
         load_dataset(str(tmp_path / name), image_size=None if name else 12)
         warning = capsys.readouterr().err
         assert warning.startswith("warning: ")
         assert warning.count("\n") == 1
-        assert all(words in warning for words in says)
+        assert f"is {brightest} of 255" in warning
     load_dataset(str(tmp_path / "dark.npz"))
     assert capsys.readouterr().err == ""
 
@@ -415,13 +400,13 @@ def test_hidden_files_and_links_to_folders_are_not_read(folder: Path, capsys: py
     (folder / "cross" / ".DS_Store").touch()
     (folder / "cross" / "._001.png").touch()
     dataset = load_dataset(str(folder))
-    assert dataset.checksum() == expected.checksum()
+    assert dataset.checksums() == expected.checksums()
     assert "left out" not in capsys.readouterr().out
     (folder / "cross" / "again").symlink_to(folder / "cross", target_is_directory=True)
     (folder / "circle" / "up").symlink_to("..", target_is_directory=True)
     (folder / "second").symlink_to(folder / "cross", target_is_directory=True)
     dataset = load_dataset(str(folder))
-    assert (dataset.checksum(), dataset.classes) == (expected.checksum(), list(CLASSES))
+    assert (dataset.checksums(), dataset.classes) == (expected.checksums(), list(CLASSES))
     assert "3 left out, such as circle/up, cross/again, second\n" in capsys.readouterr().out
 
 
@@ -435,7 +420,7 @@ def test_the_halves_of_a_split_may_be_links(folder: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("classes", [{"a": 30, "b": 1}, {"train/a": 9, "train/b": 1, "test/a": 1, "test/b": 1}])
-def test_classes_of_one_picture(classes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_classes_of_one_picture(classes: dict[str, int], tmp_path: Path, monkeypatch, drawn: set[str]):
     for name, count in classes.items():
         for i in range(count):
             save_picture(tmp_path / "mine" / name / f"{i}.png", shade=100 + i)
@@ -443,6 +428,7 @@ def test_classes_of_one_picture(classes: dict[str, int], tmp_path: Path, monkeyp
     run(monkeypatch, train.main, "--dataset", tmp_path / "mine", *args)
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
     assert "NaN" not in (tmp_path / "runs" / "001-mine-z3" / "metrics.json").read_text()
+    assert len(drawn) == 7
 
 
 @pytest.mark.parametrize("counts", [(9, 1), (1, 9), (1, 1)])
@@ -460,7 +446,7 @@ def test_one_picture_to_train_or_test_on_is_too_few(counts: tuple[int, int], tmp
 
 
 @pytest.mark.parametrize("labels", [None, np.arange(60) % 12, np.array(["a", "b", "c"])[np.arange(60) % 3]])
-def test_an_npz_file(labels: np.ndarray | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_npz_file(labels: np.ndarray | None, tmp_path: Path, monkeypatch, drawn: set[str]):
     """The images are not square, with one class, three, and more than the palette has colours."""
     images = np.random.default_rng(0).integers(0, 256, (60, 9, 14), dtype=np.uint8)
     arrays = {"images": images} | ({} if labels is None else {"labels": labels})
@@ -472,11 +458,10 @@ def test_an_npz_file(labels: np.ndarray | None, tmp_path: Path, monkeypatch: pyt
     loaded = [pair for side in sides for pair in zip(*side, strict=True)]
     assert len(loaded) == 60
     assert {image.numpy().tobytes(): dataset.classes[label] for image, label in loaded} == names
-    latent_size = 2 if labels is None else 3  # above two, without the manifold, which takes long to draw
-    args = [*SMALL, f"--latent-size={latent_size}", "--out-dir", tmp_path / "runs"]
+    args = [*SMALL, "--latent-size=3", "--out-dir", tmp_path / "runs"]
     run(monkeypatch, train.main, "--dataset", tmp_path / "mine.npz", *args)
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
-    assert len(pictures(tmp_path / "runs" / f"001-mine-z{latent_size}")) == 11 - latent_size
+    assert len(drawn) == 7
 
 
 @pytest.mark.parametrize(
@@ -513,10 +498,9 @@ def test_labels_of_bytes(tmp_path: Path):
     [
         ({"pictures": np.zeros((5, 4, 4), np.uint8)}, "no array named images"),
         ({"images": np.zeros((5, 4, 4))}, "float64"),
-        ({"images": np.zeros((5, 16), np.uint8)}, "(5, 16)"),
         ({"images": np.zeros((0, 4, 4), np.uint8)}, "(0, 4, 4)"),
         ({"images": np.zeros((5, 4, 4, 4), np.uint8)}, "(5, 4, 4, 4)"),
-        ({"images": np.zeros((5, 4, 4), bool)}, "(N, H, W, 3) or (N, 3, H, W) of type uint8"),
+        ({"images": np.zeros((5, 4, 4), bool)}, "bool"),
         ({"images": np.zeros((5, 4, 4), np.uint8), "labels": np.zeros(4)}, "(4,)"),
         ({"images": np.zeros((3, 4, 4), np.uint8)}, "3 images"),
         ({"images": np.array([{}])}, "damaged"),
@@ -539,17 +523,9 @@ def test_what_is_no_data(tmp_path: Path, fails: Callable):
     (tmp_path / "mixed" / "class").mkdir(parents=True)
     for path in ("mixed/class/a.png", "mixed/b.PNG"):
         Image.new("L", (9, 9)).save(tmp_path / path)
-    for name, says in (
-        ("empty", "not a folder of images"),
-        ("one", "not a folder of images"),
-        ("file.npz", "damaged"),
-        ("file.txt", "neither a folder nor an .npz file"),
-        ("missing", "not a known data set, nor a path"),
-        ("mixed", "images beside them"),
-    ):
-        message = fails(train.main, "--dataset", tmp_path / name, "--out-dir", tmp_path / "runs")
-        assert str(tmp_path / name) in message
-        assert says in message
+    for name in ("empty", "one", "file.npz", "file.txt", "missing", "mixed"):
+        assert str(tmp_path / name) in fails(train.main, "--dataset", tmp_path / name, "--out-dir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
     assert "--image-size" in fails(train.main, "--dataset=mnist-5k", "--image-size=14")
     assert "--image-size" in fails(train.main, "--dataset", tmp_path / "empty", "--image-size=0")
     for name in ("b.png", "c.png"):
@@ -567,37 +543,29 @@ def test_image_data_is_checked():
     in_colour = images[:, None].expand(4, 3, 3, 5)
     dataset = ImageData("mine", ["all"], in_colour, labels, in_colour, labels)
     assert (dataset.shape, dataset.input_size) == ((3, 3, 5), 45)
-    for name, wrong, says in (
-        ("train_images", images / 255, "float32"),
-        ("train_images", images.flatten(1), r"\(4, 15\)"),
-        ("test_images", images[:0], r"\(0, 1, 3, 5\)"),
-        ("test_images", images.numpy(), "ndarray"),
-        ("test_images", images[:, :2], "same size"),
-        ("test_images", in_colour, "same size"),
-        ("test_images", images.bool(), r"torch\.uint8\), not torch\.bool: .*255 \* x"),
-        ("train_images", images[:, :0], r"\(4, 1, 0, 5\)"),
-        ("test_images", images[:1], "N > 1"),
-        ("train_labels", labels[:3], "labels"),
-        ("train_labels", labels + 1, "labels"),
-        ("train_labels", labels - 1, "labels"),
-        ("test_labels", labels.float(), "labels"),
-        ("test_labels", labels.tolist(), "labels"),
+    for name, wrong in (
+        ("train_images", images / 255),
+        ("train_images", images.flatten(1)),
+        ("train_images", images[:, :0]),
+        ("test_images", images[:1]),
+        ("test_images", images.numpy()),
+        ("test_images", images[:, :2]),
+        ("test_images", in_colour),
+        ("train_labels", labels[:3]),
+        ("train_labels", labels + 1),
+        ("train_labels", labels - 1),
+        ("test_labels", labels.float()),
+        ("test_labels", labels.tolist()),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError):
             ImageData("mine", ["all"], **good | {name: wrong})
 
 
 def test_metrics_are_of_bytes_only():
     images, model = torch.zeros(4, 3, 5, dtype=torch.uint8), VAE(15, 4, 2)
     assert evaluate.evaluate(model, images, nll_samples=1)["num_images"] == 4
-    for wrong, says in (
-        (images / 255, "float32"),
-        (images.numpy(), "ndarray"),
-        (images[:1], r"\(1, 3, 5\)"),
-        (images[:, :2], "15 values"),
-        (images[0, 0], "15 values"),
-    ):
-        with pytest.raises(UserError, match=says):
+    for wrong in (images / 255, images.numpy(), images[:1], images[:, :2], images[0, 0]):
+        with pytest.raises(UserError, match="images"):
             evaluate.evaluate(model, wrong, nll_samples=1)
     with pytest.raises(UserError, match="nll_samples"):
         evaluate.evaluate(model, images, nll_samples=0)

@@ -707,12 +707,12 @@ def test_command_writes_the_explorer(
     monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
     path = tmp_path / "default.pt"
     assert "other images" in fails(make.main, shutil.copy(WEIGHTS / path.name, path))
-    runs.save_checkpoint(path, runs.read_checkpoint(path) | {"checksum": few.checksum()})
+    runs.save_checkpoint(path, runs.read_checkpoint(path) | few.checksums())
     monkeypatch.setattr("sys.argv", ["make.py", str(path)])
     make.main()
     page = (tmp_path / "default" / "explorer.html").read_text(encoding="utf-8")
-    assert "mnist-5k, binarize dynamic, latent size 20, epoch 20" in page
-    vamp = runs.read_checkpoint(WEIGHTS / "vampprior.pt") | {"checksum": few.checksum()}
+    assert "mnist-5k binarized by sampling, 20 latents, epoch 20" in page
+    vamp = runs.read_checkpoint(WEIGHTS / "vampprior.pt") | few.checksums()
     runs.save_checkpoint(tmp_path / "vampprior.pt", vamp)
     assert "prior" in fails(make.main, tmp_path / "vampprior.pt")
     assert not (tmp_path / "vampprior").exists()

@@ -169,7 +169,7 @@ def test_schedules_go_on_within_an_epoch():
 
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "sizes"),
-    [(11, 5, [5, 6]), (12, 5, [5, 5, 2]), (3, 1, [1, 1, 1]), (4, 9, [4]), (1, 5, [1]), (37, 2, [2] * 17 + [3])],
+    [(11, 5, [5, 6]), (12, 5, [5, 5, 2]), (3, 1, [1, 1, 1]), (4, 9, [4]), (37, 2, [2] * 17 + [3])],
 )
 def test_a_last_batch_of_one_joins_the_one_before(num_images: int, batch_size: int, sizes: list[int]):
     """Because normalizations need two. Batches of one are taken if they are asked for."""
@@ -180,64 +180,34 @@ def test_a_last_batch_of_one_joins_the_one_before(num_images: int, batch_size: i
     assert torch.cat(numbers).sort().values.tolist() == list(range(num_images))
 
 
-def of_many_sizes(weight: torch.Tensor) -> torch.Tensor:
-    """A random gradient."""
-    return torch.randn_like(weight) * 10.0 ** torch.randint(-6, 3, weight.shape)
-
-
 def take_same_steps(ours: train.Adam, theirs: torch.optim.Adam, steps: int) -> None:
     """With gradients of many sizes, and another step size each time."""
-    dtype = ours.weights[0].dtype
     for i in range(steps):
-        gradients = [of_many_sizes(weight) for weight in ours.weights]
+        gradients = [torch.randn_like(weight) * 10.0 ** torch.randint(-6, 3, weight.shape) for weight in ours.weights]
         for weight, gradient in zip(theirs.param_groups[0]["params"], gradients, strict=True):
             weight.grad = gradient
         lr = theirs.param_groups[0]["lr"] = 1e-3 * (1 + i % 3)
         theirs.step()
-        ours.update(gradients, *torch.tensor(ours.corrected(lr, 0), dtype=dtype))
+        ours.update(gradients, *torch.tensor(ours.corrected(lr, 0), dtype=ours.weights[0].dtype))
         ours.steps += 1
 
 
-dtypes = pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
-
-
-def two_of_each(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    weights = [torch.randn(50, 20, dtype=dtype), torch.randn(7, dtype=dtype)]
-    return tuple([weight.clone().requires_grad_() for weight in weights] for _ in range(2))
-
-
-@dtypes
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_adam_is_that_of_torch(dtype: torch.dtype, rounding: float):
-    """Over 100 steps."""
-    weights, others = two_of_each(dtype)
-    before = copy.deepcopy(weights)
+    """Over 60 steps, and over 20 more after a new one of each has continued from the other's state."""
+    start = [torch.randn(50, 20, dtype=dtype), torch.randn(7, dtype=dtype)]
+    weights, others = ([weight.clone().requires_grad_() for weight in start] for _ in range(2))
     eps = 1e-4 if dtype == torch.float64 else 1e-8
     ours = train.Adam(weights, lr=1e-3, eps=eps, betas=(0.8, 0.95))
     theirs = torch.optim.Adam(others, eps=eps, betas=(0.8, 0.95))
-    take_same_steps(ours, theirs, 100)
-    for weight, other, start in zip(weights, others, before, strict=True):
-        torch.testing.assert_close(weight, other, rtol=rounding, atol=rounding)
-        assert not torch.allclose(weight, start, atol=0.01)
-    saved, expected = ours.state_dict()["state"], theirs.state_dict()["state"]
-    assert saved.keys() == expected.keys() == {0, 1}
-    for i, state in expected.items():
-        assert saved[i].keys() == state.keys()
-        for name, value in state.items():
-            torch.testing.assert_close(saved[i][name], value, rtol=rounding, atol=rounding)
-
-
-@dtypes
-def test_torchs_adam_continues_from_the_state(dtype: torch.dtype, rounding: float):
-    """And ours from torch's."""
-    weights, others = two_of_each(dtype)
-    ours = train.Adam(weights, lr=1e-3, eps=1e-6, betas=(0.8, 0.95))
-    take_same_steps(ours, torch.optim.Adam(others), 5)
-    others = [weight.detach().clone().requires_grad_() for weight in weights]
+    take_same_steps(ours, theirs, 60)
+    assert not any(torch.allclose(*pair, atol=0.01) for pair in zip(weights, start, strict=True))
+    our_state = copy.deepcopy(ours.state_dict())
+    ours = train.Adam(weights, lr=1e-3, eps=eps, betas=(0.8, 0.95))
+    ours.load_state_dict(theirs.state_dict())
     theirs = torch.optim.Adam(others)
-    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
-    again = train.Adam(weights, lr=1e-3, eps=1e-6, betas=(0.8, 0.95))
-    again.load_state_dict(theirs.state_dict())
-    take_same_steps(again, theirs, 20)
+    theirs.load_state_dict(our_state)
+    take_same_steps(ours, theirs, 20)
     for weight, other in zip(weights, others, strict=True):
         torch.testing.assert_close(weight, other, rtol=rounding, atol=rounding)
 
@@ -267,18 +237,12 @@ def test_initialize(digits: ImageData):
     torch.testing.assert_close(model.decode(torch.zeros(20)).detach(), mean, rtol=1e-4, atol=1e-6)
 
 
-def test_schedules():
-    options = train.make_options(lr=2.0, epochs=10, lr_schedule="cosine", beta=4.0, kl_warmup=5.0)
-    rates = [train.learning_rate(done, options) for done in (0, 2.5, 5, 10)]
-    assert rates == pytest.approx([2, 1 + math.sqrt(0.5), 1, 0])
-    assert train.learning_rate(7, train.make_options(lr=2.0)) == 2
-    epochs_at_each_rate = [3**i for i in range(8)]
-    expected = [2 * 10 ** (-i / 7) for i, n in enumerate(epochs_at_each_rate) for _ in range(n)]
-    assert [
-        burda2016.learning_rate(epoch + 0.99, train.make_options(lr=2.0)) for epoch in range(3280)
-    ] == pytest.approx(expected)
-    assert [train.kl_weight(done, options) for done in (0, 2.5, 5, 9)] == [0, 2, 4, 4]
-    assert train.kl_weight(0, train.make_options(beta=4.0)) == 4
+def test_the_learning_rate_of_burda_2016():
+    """It falls by 10^(1/7) after 3^0, 3^1, ... 3^7 epochs (section 5)."""
+    options = train.make_options(lr=2.0)
+    expected = [2 * 10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
+    rates = [burda2016.learning_rate(epoch + 0.99, options) for epoch in range(3280)]
+    assert rates == pytest.approx(expected)
 
 
 def test_iwae_objective_is_the_bound_of_torch_distributions(digits: ImageData):
@@ -293,7 +257,7 @@ def test_iwae_objective_is_the_bound_of_torch_distributions(digits: ImageData):
     (neg_elbo,) = train.train_epoch(steps, model, copy.deepcopy(model), adam, images, labels, 1, options)
 
     utils.seed_epoch(options.seed, 1)
-    inputs, targets = train.binarize(images[torch.randperm(500)], "threshold")
+    inputs, targets = train.inputs_and_targets(images[torch.randperm(500)], "threshold")
     q = before.posterior(inputs)
     posterior, prior = Normal(q.mu, torch.exp(0.5 * q.logvar)), Normal(0.0, 1.0)
     z = posterior.mean + posterior.stddev * torch.randn(6, 500, 3)
@@ -331,9 +295,10 @@ def test_what_is_tested_is_what_is_kept(tmp_path: Path):
     test_set = train.measure.make_test_set(train.load_dataset(), "dynamic")
     precision = runs.read_checkpoint(run)["options"]["precision"]
     with train.matmul_precision(precision, "cpu"):
-        reconstruction, kl = train.measure.elbo_terms(model, test_set)
-    assert history[-1]["test_kl"] == pytest.approx(kl.mean().item())
-    assert history[-1]["test_reconstruction"] == pytest.approx(reconstruction.mean().item(), rel=0.02)  # other draws
+        found = train.measure.encode(model, test_set)
+    assert history[-1]["test_kl"] == pytest.approx(found.kl.mean().item())
+    found = found.reconstruction.mean().item()
+    assert history[-1]["test_reconstruction"] == pytest.approx(found, rel=0.02)  # other draws
 
 
 def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable):
@@ -371,21 +336,21 @@ def test_seeds(tmp_path: Path):
     assert not same_weights(a, c)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("two_threads")
 def test_resumed_is_bit_identical(tmp_path: Path):
-    _, straight_history, straight = train.train(**SMALL, epochs=4, out_dir=str(tmp_path))
-    _, _, run = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))
+    _, straight_history, straight = train.train(**SMALL, epochs=3, out_dir=str(tmp_path))
+    _, _, run = train.train(**SMALL, epochs=1, out_dir=str(tmp_path))
     assert not same_weights(run, straight)
     torch.manual_seed(123)
-    _, history, resumed = train.resume(run, epochs=4)
+    _, history, resumed = train.resume(run, epochs=3)
     assert resumed == run
     assert same_weights(run, straight)
 
@@ -447,31 +412,10 @@ def test_a_loss_that_explodes_leaves_the_epoch_before(batch_size: int, tmp_path:
     checkpoint = saved(run)
     checkpoint["options"]["lr"] = 1e30
     runs.save_checkpoint(run / "checkpoint.pt", checkpoint)
-    where = "step 2" if batch_size == 100 else "the test after its last step"
-    with pytest.raises(UserError, match=rf"epoch 2, {where};.*--lr"):
+    with pytest.raises(UserError, match=r"epoch 2.*--lr"):
         train.resume(run, epochs=3)
     assert saved(run)["epoch"] == 1
     runs.load_checkpoint(run)
-
-
-def test_clipping_outlives_an_outlier(digits: ImageData, tmp_path: Path):
-    """Without it, one image's gradient makes Adam's second moments so large that no weight moves any more."""
-
-    class HasOutlier(VAE):
-        def elbo_terms(self, x: torch.Tensor, targets: torch.Tensor, y: torch.Tensor) -> tuple:
-            is_outlier = targets.flatten(1).mean(-1) == 1
-            return tuple(term * torch.where(is_outlier, 1e10, 1) for term in super().elbo_terms(x, targets, y))
-
-    few = thinned(digits, 5)
-    images = few.train_images.clone()
-    images[0] = 255
-    data = replace(few, name="outlier", train_images=images)
-    options = {"hidden_size": 16, "latent_size": 3, "batch_size": 50, "epochs": 6, "out_dir": str(tmp_path)}
-    plain, clipped = (
-        train.train(data, HasOutlier, **options, device="cpu", clip_grad_norm=clip)[1] for clip in (None, 3000)
-    )
-    assert clipped[-1]["test_loss"] < clipped[0]["test_loss"] - 50
-    assert plain[-1]["test_loss"] > plain[0]["test_loss"] - 50
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -507,11 +451,8 @@ def test_nothing_keeps_the_images_after_a_run(compile: bool, tmp_path: Path, mon
 # What a run leaves
 
 
-def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
+def test_run_folder(tmp_path: Path):
     _, history, run = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))
-    names = {"checkpoint.pt", "metrics.csv", "curves.png", "reconstructions.png", "prior_samples.png"}
-    assert {path.name for path in run.iterdir()} == names
     assert run == tmp_path / "001-mnist-5k-z3"
     train.resume(run, epochs=3)
     with open(run / "metrics.csv") as file:
@@ -549,16 +490,10 @@ def test_curves_show_the_history(epochs: int):
         assert list(line.get_ydata()) == [row[name] for row in history]
 
 
-def test_default_epochs_follow_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    epochs = []
-    monkeypatch.setattr(train, "train_epoch", lambda *args: epochs.append(args[-2].epochs) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train.train(**SMALL, out_dir=str(tmp_path))
-    few = replace(train.load_dataset(), name="mnist")
-    monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:4] or [0]))
-    with pytest.raises(ZeroDivisionError):
-        train.train(out_dir=str(tmp_path))
-    assert epochs == [150, 20]
+def test_default_epochs_follow_the_data_set(digits: ImageData):
+    options = train.make_options()
+    assert options.resolve(digits).epochs == 150
+    assert options.resolve(replace(digits, name="mnist")).epochs == 20
 
 
 def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -583,44 +518,27 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("args", "names"),
     [
-        (["--epochs", "-1"], "--epochs"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "2.5"], "--epochs"),
-        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", str(10**20)], "--batch-size"),
         (["--lr", "nan"], "--lr"),
-        (["--lr", "0"], "--lr"),
         (["--lr", "inf"], "--lr"),
         (["--lr", "fast"], "--lr"),
         (["--lr-schedule", "linear"], "--lr-schedule"),
         (["--beta", "-1"], "--beta"),
-        (["--kl-warmup", "nan"], "--kl-warmup"),
-        (["--hidden-size", "0"], "--hidden-size"),
-        (["--latent-size", "0"], "--latent-size"),
-        (["--encoder-layers", "0"], "--encoder-layers"),
-        (["--decoder-layers", "0"], "--decoder-layers"),
+        (["--beta", "1e308"], "--beta"),
+        (["--adam-eps", "1e-50"], "--adam-eps"),
+        (["--clip-grad-norm", "0"], "--clip-grad-norm"),
+        (["--encoder-layers", "1001"], "--encoder-layers"),
         (["--activation", "selu"], "--activation"),
-        (["--binarize", "sometimes"], "--binarize"),
         (["--device", "tpu"], "--device"),
         (["--device", "cuda"], "cuda"),
         (["--seed", "-1"], "--seed"),
-        (["--seed", str(2**41)], "--seed"),
-        (["--batch-size", str(10**20)], "--batch-size"),
-        (["--importance-samples", "0"], "--importance-samples"),
+        (["--data-dir", ""], "--data-dir"),
         (["--importance-samples", "5"], "iwae"),
         (["--elbo-epochs", "5"], "--elbo-epochs"),
-        (["--objective", "iwae", "--elbo-epochs", "-1"], "--elbo-epochs"),
         (["--objective", "iwae", "--beta", "2"], "--beta"),
         (["--objective", "iwae", "--elbo-epochs", "5", "--kl-warmup", "6"], "--kl-warmup"),
-        (["--objective", "elbow"], "--objective"),
-        (["--adam-eps", "-1"], "--adam-eps"),
-        (["--adam-eps", "0"], "--adam-eps"),
-        (["--data-dir", ""], "--data-dir"),
-        (["--adam-eps", "1e-50"], "--adam-eps"),
-        (["--beta", "1e308"], "--beta"),
-        (["--encoder-layers", "1001"], "--encoder-layers"),
-        (["--decoder-layers", "1001"], "--decoder-layers"),
-        (["--adam-eps", "inf"], "--adam-eps"),
-        (["--clip-grad-norm", "0"], "--clip-grad-norm"),
         (["--epoch", "3"], "--epoch"),
         (["stray"], "stray"),
     ],
@@ -696,9 +614,9 @@ def test_other_images_under_the_name_of_a_data_set(digits, tmp_path, monkeypatch
         test_images=torch.cat([few.train_images[-1:], few.test_images]),
         test_labels=torch.cat([few.train_labels[-1:], few.test_labels]),
     )
-    runs.check_same_images(checkpoint, labels, path)
-    with pytest.raises(UserError, match="other images"):
-        runs.check_same_images(checkpoint, moved, path)
+    for other, says in ((labels, "other labels"), (moved, "other images")):
+        with pytest.raises(UserError, match=says):
+            runs.check_same_images(checkpoint, other, path)
     checkpoint.pop("options")
     with pytest.raises(UserError, match="other images"):
         runs.check_same_images(checkpoint, digits, path)
@@ -709,34 +627,19 @@ def test_options_take_numpys_numbers_and_paths(tmp_path: Path):
     assert (options.lr, options.epochs, options.beta, options.out_dir) == (1e-3, 3, 2.0, str(tmp_path))
     options = train.make_options(lr=torch.tensor(0.5), epochs=torch.tensor(3), average=np.False_, compile=True)
     assert (options.lr, options.epochs, options.average, options.compile) == (0.5, 3, False, True)
-    for bad in (
-        {"epochs": True},
-        {"epochs": torch.tensor([2, 3])},
-        {"epochs": 2.5},
-        {"lr": "fast"},
-        {"average": 3},
-        {"device": ["cpu"]},
-        {"epoch": 3},
-    ):
+    for bad in ({"epochs": True}, {"epochs": 2.5}, {"lr": "fast"}, {"average": 3}, {"device": ["cpu"]}, {"epoch": 3}):
         with pytest.raises(UserError, match=utils.flag(next(iter(bad)))):
             train.make_options(**bad)
-
-
-def test_what_is_not_a_data_set(tmp_path: Path):
-    for dataset in (np.zeros((9, 4, 4)), torch.zeros(9, 4, 4), [1, 2]):
-        with pytest.raises(UserError, match="ImageData"):
-            train.train(dataset, out_dir=tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_unwritable_and_full(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     assert "file" in fails(train.main, *SMALL_ARGS, "--epochs=1", "--out-dir", tmp_path / "file")
 
-    def full_disk(descriptor: int) -> None:
+    def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     message = fails(train.main, *SMALL_ARGS, "--epochs=1", "--out-dir", tmp_path / "runs")
     assert "checkpoint.pt: No space left" in message
     assert list((tmp_path / "runs").iterdir()) == []
@@ -806,20 +709,17 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
     model, _ = runs.load_checkpoint(run)
     assert len(list(model.decoder.children())) == 4
-    output = capsys.readouterr().out
-    assert re.search(
-        r"epoch 1/1 +train +[\d.]+ +test +[\d.]+ = reconstruction +[\d.]+ \+ KL +[\d.]+ +[\d,]+ images/s", output
-    )
-    assert f"python evaluate.py {run}" in output
+    assert f"python evaluate.py {run}" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run), "--epochs", "2"])
     train.main()
     assert saved(run)["epoch"] == 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_every_option_changes_what_is_learned(tmp_path: Path):
+    """In two epochs, because the first update of the average is the weights themselves."""
+    _, _, usual = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))
+    for change in (
         {"lr": 1e-2},
         {"lr_schedule": "cosine"},
         {"beta": 2.0},
@@ -827,18 +727,14 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         {"batch_size": 100},
         {"activation": "tanh"},
         {"binarize": "none"},
+        {"binarize": "threshold"},
         {"likelihood": "logistic"},
         {"mirror": True},
-        {"binarize": "threshold"},
         {"adam_eps": 1.0},
         {"clip_grad_norm": 500.0},
         {"average": False},
         {"objective": "iwae"},
         {"objective": "iwae", "importance_samples": 3},
-    ],
-)
-def test_every_option_changes_what_is_learned(change: dict, tmp_path: Path):
-    """In two epochs, because the first update of the average is the weights themselves."""
-    a = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))[2]
-    b = train.train(**(SMALL | change), epochs=2, out_dir=str(tmp_path))[2]
-    assert not same_weights(a, b)
+    ):
+        _, _, changed = train.train(**(SMALL | change), epochs=2, out_dir=str(tmp_path))
+        assert not same_weights(usual, changed), change

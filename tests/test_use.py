@@ -65,9 +65,8 @@ def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
     call(run, "--samples", 2, "--out-dir", tmp_path / "other", "--draw-pixels")
     assert set(read(tmp_path / "other" / "samples").unique().tolist()) <= {0, 255}
     assert "conditional" in fails(evaluate.main, run, "--samples", 3, "--label", "7", "--out-dir", tmp_path / "no")
-    for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"]):
-        assert "are for --samples" in fails(evaluate.main, run, *words)
-    assert "--samples" in fails(evaluate.main, run, "--samples", 0)
+    for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"], ["--samples", 0]):
+        assert "--samples" in fails(evaluate.main, run, *words)
 
 
 def test_samples_of_one_class(few: ImageData, tmp_path: Path, call: Callable, fails: Callable):
@@ -123,13 +122,13 @@ def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Pat
     images[7] = 255 - images[7]  # nothing like the others
     strange = ImageData("strange", few.classes, few.train_images, few.train_labels, images, few.test_labels)
     model, _, _ = train.train(strange, **QUICK | {"epochs": 15, "binarize": "dynamic"}, out_dir=tmp_path)
-    nll = evaluate.evaluate(model, images, nll_samples=20)["nll_per_image"]
+    nll = evaluate.evaluate(model, images, nll_samples=20)["per_image"].nll
     assert max(nll) == nll[7]
     drawn = []
     monkeypatch.setattr(
         pictures, "draw_tiles", lambda images, rows, shape, title, *labels: drawn.append((images, labels))
     )
-    pictures.draw_least_likely(model, strange, make_test_set(strange, "dynamic"), nll, "")
+    pictures.draw_least_likely(model, make_test_set(strange, "dynamic"), nll, "")
     tiles, (_, columns) = drawn[0]
     assert torch.equal(tiles[0], make_test_set(strange, "dynamic").inputs[7])
     assert columns == [f"{value:,.0f}" for value in sorted(nll, reverse=True)[:10]]
@@ -225,21 +224,10 @@ def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, ca
 def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
     model = VAE(784, 16, 3)
     arguments = model, few.test_images, few.test_labels, "dynamic", 3
-    whole, parts = measure.encode_images(*arguments), measure.encode_images(*arguments, batch_size=20)
-    assert whole.keys() == parts.keys() == {"mu", "logvar", "neg_elbo", "nll"}
-    torch.testing.assert_close(parts["mu"], whole["mu"], atol=1e-5, rtol=1e-4)
-    gray = measure.encode_images(model, few.test_images, few.test_labels, "none", 3)
-    assert gray.keys() == {"mu", "logvar", "neg_elbo"}
-
-
-def test_encoding_compiles_once(few: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None):
-    programs, make = [], measure.compile_checked
-    monkeypatch.setattr(
-        measure, "compile_checked", lambda *args, **how: programs.append(make(*args, **how)) or programs[-1]
-    )
-    monkeypatch.setattr(measure, "is_worth_compiling", lambda _, ranks, blocks: blocks == 2)  # 100 images, 20 samples
-    arguments = VAE(784, 16, 3), few.test_images[:100], few.test_labels[:100], "dynamic", 20
-    encoded = measure.encode_images(*arguments, batch_size=50)
-    assert len(programs) == 1
-    monkeypatch.setattr(measure, "is_worth_compiling", lambda *_: False)
-    torch.testing.assert_close(encoded["nll"], measure.encode_images(*arguments, batch_size=50)["nll"])
+    whole, parts = measure.measure_all(*arguments), measure.measure_all(*arguments, batch_size=20)
+    torch.testing.assert_close(parts.mu, whole.mu, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(parts.kl, whole.kl, atol=1e-4, rtol=1e-4)
+    assert parts.nll.shape == whole.nll.shape == whole.effective_samples.shape
+    gray = measure.measure_all(model, few.test_images, few.test_labels, "none", 3)
+    assert gray.nll is None
+    assert gray.neg_elbo.shape == whole.nll.shape
