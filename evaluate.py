@@ -18,11 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import runs
 import utils
-from data import BINARIZE, DATASETS, ImageData, check_kind, load_dataset, read_pictures
+from data import (
+    BINARIZE,
+    DATASETS,
+    ImageData,
+    check_kind,
+    inputs_and_targets,
+    load_dataset,
+    read_pictures,
+    to_channels,
+)
 from measure import (
     NLL_SAMPLES,
     check_images,
@@ -251,25 +261,62 @@ def sample_images(model: VAE, y: Tensor, temperature: float = 1.0, draw_pixels: 
 
 
 def write_samples(opened: OpenedRun, n: int, label: str | None = None, **how: Any) -> Path:
-    """Writes n images from the prior, 00000.png and so on, into a new folder `samples`. `how` is sample_images'.
+    """Writes n images from the prior into a new folder `samples`. `how` is sample_images'. Errors are write_images'.
 
-    They are of one class, by its name, or of all in turn. Raises UserError for an unknown label or an existing folder,
-    and OSError.
+    They are of one class, by its name, or of all in turn.
     """
-    from PIL import Image
+    y = choose_labels(opened, n, label)
+    return write_images(opened, "samples", sample_images(opened.model, y, **how))
 
+
+@torch.no_grad()
+def write_completions(
+    opened: OpenedRun, path: str | Path, n: int, label: str | None = None, draw_pixels: bool = False, seed: int = 0
+) -> Path:
+    """Writes a picture, whose transparent pixels are filled in, n times into a new folder `completions`.
+
+    The picture is brought to the size and the colours of the model's images. Errors are write_images', and UserError
+    for a picture that cannot be read or has nothing to fill in.
+    """
+    channels, height, width = opened.shape
+    try:
+        with Image.open(path) as picture:
+            rgba = np.array(picture.convert("RGBA").resize((width, height)))
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not a picture") from error
+    seen = torch.from_numpy(rgba[..., 3] > 127)
+    if seen.all():
+        raise UserError(f"{path} has no transparent pixels to fill in")
+    pixels = to_channels(torch.from_numpy(rgba[..., :3]).permute(2, 0, 1)[None], channels)
+    _, x = inputs_and_targets(pixels, "none" if opened.binarize == "none" else "threshold")
+    torch.manual_seed(seed)
+    y = choose_labels(opened, n, label)
+    x = x.expand(n, -1, -1, -1).to(y.device)
+    try:
+        images = opened.model.complete(x, seen.to(y.device), y, draw_pixels=draw_pixels)
+    except NotImplementedError as error:
+        raise UserError(f"the likelihood of {type(opened.model).__name__} has no method sample") from error
+    return write_images(opened, "completions", images)
+
+
+def choose_labels(opened: OpenedRun, n: int, label: str | None) -> Tensor:
+    """n labels: all of the class of that name, or all classes in turn. Raises UserError for an unknown one."""
     classes = opened.classes
     kind = type(opened.model)
     if label is not None and kind.prior is VAE.prior and kind.likelihood is VAE.likelihood:
         raise UserError("--label is for a conditional model, which this is not")
     if label is not None and label not in classes:
         raise UserError(f"--label must be one of {', '.join(classes)}, not {label}")
-    folder = opened.out_dir / "samples"
+    y = torch.arange(n) % len(classes) if label is None else torch.full((n,), classes.index(label))
+    return y.to(next(opened.model.parameters()).device)
+
+
+def write_images(opened: OpenedRun, name: str, images: Tensor) -> Path:
+    """Writes images (N, ...) in [0, 1] into a new folder, as 00000.png and so on. Raises UserError if it exists."""
+    folder = opened.out_dir / name
     if folder.exists():
         raise UserError(f"{folder} exists: delete it, or name another --out-dir")
-    y = torch.arange(n) % len(classes) if label is None else torch.full((n,), classes.index(label))
-    images = sample_images(opened.model, y.to(next(opened.model.parameters()).device), **how)
-    pixels = (255 * images.float().cpu()).round().byte().view(n, *opened.shape).permute(0, 2, 3, 1)
+    pixels = (255 * images.float().cpu()).round().byte().view(-1, *opened.shape).permute(0, 2, 3, 1)
     folder.mkdir(parents=True)
     for i, image in enumerate(pixels.numpy()):
         buffer = io.BytesIO()
@@ -332,6 +379,7 @@ def main() -> None:
         help="write mu, logvar, label, neg_elbo and nll of each test image; of all images, if --dataset is a path",
     )
     add("--samples", type=utils.count, help="write as many images from the prior into a folder called samples")
+    add("--complete", metavar="PICTURE", help="with --samples: fill in this picture's transparent pixels instead")
     add("--label", help="of the samples, for a conditional model (default: all in turn)")
     add("--temperature", type=utils.number(float, 1e-3, 1e3), help="scale of the prior's deviation, for the samples")
     add("--draw-pixels", action="store_true", help="draw the samples' pixels too, instead of showing their means")
@@ -340,6 +388,8 @@ def main() -> None:
     how = {name: value for name in ("label", "temperature", "draw_pixels") if (value := getattr(args, name))}
     if how and not args.samples:
         parser.error("--label, --temperature and --draw-pixels are for --samples")
+    if args.complete and (not args.samples or args.temperature):
+        parser.error("--complete goes with --samples, for the number of completions, and without --temperature")
     if args.compare:
         print(f"wrote {compare_runs(args.compare, args.out_dir or '.')}")
         return
@@ -350,7 +400,9 @@ def main() -> None:
             data = args.dataset, args.data_dir, args.hold_out
             number = save_encoded(args.save, opened, *data, args.nll_samples, args.seed)
             print(f"wrote {args.save}: {number:,} images")
-        if args.samples:
+        if args.complete:
+            print(f"wrote {write_completions(opened, args.complete, args.samples, seed=args.seed, **how)}")
+        elif args.samples:
             print(f"wrote {write_samples(opened, args.samples, seed=args.seed, **how)}")
     else:
         data = args.dataset, args.data_dir, args.binarize

@@ -14,7 +14,7 @@ Everything follows from three distributions, so a subclass changes the model by 
 
     posterior(x, y)     q(z|x), by default N(mu, diag(exp(logvar)))     uses rsample, log_prob, mean
     prior(y)            p(z), by default N(0, I)                        uses sample, log_prob
-    likelihood(z, y)    p(x|z), by default one Bernoulli per pixel      uses log_prob, mean, support
+    likelihood(z, y)    p(x|z), by default one Bernoulli per pixel      uses log_prob, mean, support, sample
 
 For images of 8 bits per value, VAE(likelihood="logistic") has a discretized logistic in the Bernoulli's place.
 
@@ -329,11 +329,16 @@ class VAE(nn.Module):
     def log_importance_weights(
         self, q: Distribution, p: Distribution, targets: Tensor, num_samples: int, y: Tensor | None = None
     ) -> Tensor:
-        """log p(targets|z) + log p(z) - log q(z|x) for K draws of z (Burda et al. 2016, arXiv 1509.00519, eq. 8).
+        """log_weight for K draws of z from q (Burda et al. 2016, arXiv 1509.00519, eq. 8).
 
         q: the images' posterior; p: the prior; targets: (B, ...). Returns (K, B), in nats.
         """
-        z = q.rsample((num_samples,))
+        return self.log_weight(q, p, q.rsample((num_samples,)), targets, y)
+
+    def log_weight(
+        self, q: Distribution, p: Distribution, z: Tensor, targets: Tensor, y: Tensor | None = None
+    ) -> Tensor:
+        """log p(targets|z) + log p(z) - log q(z|x) for z (..., B, latent_size): (..., B), in nats."""
         return self.likelihood(z, y).log_prob(targets.flatten(1)) + p.log_prob(z) - q.log_prob(z)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -364,6 +369,34 @@ class VAE(nn.Module):
         """The pixels' means (n, input_size), decoded from n draws of the prior, for labels y (n,)."""
         p = self.prior(y)
         return self.decode(p.sample(() if p.batch_shape else (n,)), y)
+
+    @torch.no_grad()
+    def complete(
+        self, x: Tensor, seen: Tensor, y: Tensor | None = None, steps: int = 100, draw_pixels: bool = False
+    ) -> Tensor:
+        """Images x (B, ...) whose pixels that are not seen are filled in, given the others: of the same shape.
+
+        seen is bool, of x's shape or one that expands to it. What is filled in are the pixels' means, for a draw of z
+        from p(z | seen pixels), or drawn pixels. Metropolis within Gibbs (Mattei & Frellsen 2018, arXiv 1802.04826)
+        draws z and the unseen pixels in turn, and converges to their exact distribution. Its first half accepts every
+        proposal (Rezende et al. 2014, arXiv 1401.4082, appendix F), which finds a likely z sooner. Raises
+        NotImplementedError if the likelihood has no method sample.
+        """
+        x = torch.where(seen, self.check(x), self.sample(len(x), y).view(x.shape))
+        p = self.prior(y)
+        z = None
+        for step in range(steps):
+            q = self.posterior(x, y)
+            proposal = q.rsample()
+            if step < max(1, steps // 2):
+                z = proposal
+            else:
+                ratio = self.log_weight(q, p, proposal, x, y) - self.log_weight(q, p, z, x, y)
+                is_accepted = torch.rand_like(ratio).log() < ratio
+                z = torch.where(is_accepted[:, None], proposal, z)
+            likelihood = self.likelihood(z, y)
+            x = torch.where(seen, x, likelihood.sample().view(x.shape))
+        return x if draw_pixels else torch.where(seen, x, likelihood.mean.view(x.shape))
 
     def check(self, x: Tensor) -> Tensor:
         """Returns x in the weights' type, or raises ValueError unless it holds images of this model's size.

@@ -3,6 +3,7 @@
 Every draw_ function returns a matplotlib figure, which a notebook shows and save_figure writes.
 """
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterator
@@ -47,6 +48,23 @@ def draw_prior_samples(model: VAE, test_set: TestSet, caption: str, seed: int = 
         torch.manual_seed(seed)
         images = model.sample(100, y)
     return draw_tiles(images, 10, test_set.shape, f"Samples from the prior\n{caption}")
+
+
+@in_eval_mode
+def draw_completions(model: VAE, test_set: TestSet, caption: str, draws: int = 5) -> "Figure":
+    """The upper half of ten test images, several ways in which the model completes it, and the whole images."""
+    few = test_set.take(one_of_each_class(test_set.labels.tolist(), 10))
+    _, height, _ = few.shape
+    seen = torch.arange(height, device=few.inputs.device)[:, None] < height // 2
+    repeated = few.take(list(range(len(few.labels))) * draws)
+    with torch.random.fork_rng([seen.device] if seen.is_cuda else []):
+        torch.manual_seed(0)
+        completed = model.complete(repeated.targets, seen, repeated.labels)
+    given = torch.where(seen, few.targets, 0.5)
+    images = torch.cat([given, completed, few.targets])
+    names = ["given", *(f"completed {i + 1}" for i in range(draws)), "image"]
+    title = f"The lower half of test images, drawn given the upper half\n{caption}"
+    return draw_tiles(images, draws + 2, few.shape, title, names)
 
 
 @in_eval_mode
@@ -326,6 +344,8 @@ def draw_all(
     mu = found.mu
     yield "reconstructions.png", draw_reconstructions(model, test_set, caption)
     yield "prior_samples.png", draw_prior_samples(model, test_set, caption)
+    with contextlib.suppress(NotImplementedError):  # the likelihood cannot be drawn from
+        yield "completions.png", draw_completions(model, test_set, caption)
     yield "interpolations.png", draw_interpolations(model, test_set, mu, caption)
     yield "latent_space.png", draw_latent_space(test_set, mu, caption, training)
     yield "traversals.png", draw_traversals(model, test_set, mu, found.kl_by_latent, caption)
