@@ -30,7 +30,7 @@ WEIGHTS = ASSETS.parent / "weights"
 PICTURES = {  # by the model that they show
     "default": ["reconstructions", "prior_samples", "interpolations", "traversals", "latent_usage"],
     "2d": ["latent_space", "manifold"],
-    "flow_prior": ["flow_prior_samples"],
+    "flow_prior": ["flow_prior_samples", "flow_completions"],
     "emoji": ["emoji_reconstructions", "emoji_prior_samples", "emoji_interpolations"],
 }
 PREFIXES = {"flow_prior": "flow_", "emoji": "emoji_"}  # of the names that evaluate.py gives the pictures
