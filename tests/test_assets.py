@@ -41,9 +41,8 @@ def test_draws_a_models_pictures(digits: ImageData, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(evaluate.OpenedRun, "test_data", lambda *_, **__: thinned(digits, 20))
     monkeypatch.setattr(make, "ASSETS", tmp_path)
     make.draw_model("flow_prior", "data")
-    assert {path.name: weights_of(path) for path in tmp_path.iterdir()} == {
-        "flow_prior_samples.png": make.fingerprint(["flow_prior"])
-    }
+    expected = {f"{picture}.png": make.fingerprint(["flow_prior"]) for picture in make.PICTURES["flow_prior"]}
+    assert {path.name: weights_of(path) for path in tmp_path.iterdir()} == expected
 
 
 def test_arrows_lead_from_box_to_box():
