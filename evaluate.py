@@ -355,8 +355,8 @@ def add_nll_samples(parser: utils.ArgumentParser) -> None:
     parser.add_argument("--nll-samples", type=utils.count, default=NLL_SAMPLES, help=help)
 
 
-@utils.command
-def main() -> None:
+def make_parser() -> utils.ArgumentParser:
+    """The command line."""
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", default="runs", help="run folder, checkpoint file, or folder of runs")
     parser.add_argument("--model", metavar="FILE.py:CLASS", help="class of a model of your own, from a file of yours")
@@ -384,6 +384,12 @@ def main() -> None:
     add("--temperature", type=utils.number(float, 1e-3, 1e3), help="scale of the prior's deviation, for the samples")
     add("--draw-pixels", action="store_true", help="draw the samples' pixels too, instead of showing their means")
     add("--compare", nargs="+", metavar="RUN", help="draw these runs' test losses into one picture, compared.png")
+    return parser
+
+
+@utils.command
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     how = {name: value for name in ("label", "temperature", "draw_pixels") if (value := getattr(args, name))}
     if how and not args.samples:

@@ -339,18 +339,7 @@ def evaluate(
     if not isinstance(nll_samples, int) or nll_samples < 1:
         raise UserError(f"nll_samples must be a whole number, 1 or more, not {nll_samples}")
     check_weights(model)
-    if isinstance(images, TestSet):
-        test_set = images
-    else:
-        check_bytes(images, "images")
-        size = model.config["input_size"]
-        if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
-            raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
-        labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-        if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.dtype != torch.int64:
-            raise UserError(f"the labels must be a tensor ({len(images)},) of type int64, one for each image")
-        device = next(model.parameters()).device
-        test_set = to_test_set(images.to(device), labels.to(device), binarize or usual_binarize(model))
+    test_set = images if isinstance(images, TestSet) else test_set_for(model, images, labels, binarize)
     torch.manual_seed(seed)
     found = encode(model, test_set)
     num_images = len(found.kl)
@@ -378,6 +367,19 @@ def evaluate(
         if test_set.binarize == "none":
             metrics["bits_per_dim"] = bits_per_dim(metrics["nll"], model.config["input_size"])
     return metrics | {"per_image": found}
+
+
+def test_set_for(model: VAE, images: Tensor, labels: Tensor | None, binarize: str | None) -> TestSet:
+    """The test set of images and labels for a model. Arguments and errors are evaluate's."""
+    check_bytes(images, "images")
+    size = model.config["input_size"]
+    if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
+        raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
+    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+    if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.dtype != torch.int64:
+        raise UserError(f"the labels must be a tensor ({len(images)},) of type int64, one for each image")
+    device = next(model.parameters()).device
+    return to_test_set(images.to(device), labels.to(device), binarize or usual_binarize(model))
 
 
 def measure_all(

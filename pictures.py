@@ -103,17 +103,7 @@ def draw_latent_space(
         labels = torch.cat([labels, training[0]])
         means = torch.cat([means, training[1]])
     labels = labels.cpu()
-    means = means.float().cpu()
-    names = ["$z_1$", "$z_2$"]
-    if means.shape[1] == 1:
-        means = torch.cat([means, labels[:, None]], 1)
-        names = ["$z_1$", "class"]
-    elif means.shape[1] > 2:
-        means = means - means.mean(0)
-        _, singular_values, directions = torch.linalg.svd(means, full_matrices=False)
-        shares = singular_values**2 / (singular_values**2).sum()
-        means = means @ directions[:2].T
-        names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
+    points, names = to_plane(means.float().cpu(), labels)
     others = f", and of {len(training[0]):,} training images (crosses)" if training else ""
     figure, axes = _new_figure(8, 8, f"Posterior means of the test images{others}\n{caption}")
     classes = test_set.classes
@@ -123,8 +113,8 @@ def draw_latent_space(
     size = min(max(4, 4000 / len(labels)), 60)  # few points are large, so that they can be seen
     num_test = len(mu)
     if training:
-        axes.scatter(*means[num_test:].T.numpy(), s=size, c=colors[num_test:], alpha=0.5, marker="x")
-    axes.scatter(*means[:num_test].T.numpy(), s=size, c=colors[:num_test], alpha=0.6, linewidths=0)
+        axes.scatter(*points[num_test:].T.numpy(), s=size, c=colors[num_test:], alpha=0.5, marker="x")
+    axes.scatter(*points[:num_test].T.numpy(), s=size, c=colors[:num_test], alpha=0.6, linewidths=0)
     for name, color in zip(classes[:40], palette, strict=False):  # the legend has room for as many
         axes.scatter([], [], color=color, label=f" {verbatim(name)}")  # matplotlib hides labels that begin with _
     title = f"the first 40 of {num_classes} classes" if num_classes > 40 else None
@@ -134,6 +124,19 @@ def draw_latent_space(
         axes.legend(title=title, ncols=ncols, fontsize=fontsize, **place)
     axes.set(xlabel=names[0], ylabel=names[1])
     return figure
+
+
+def to_plane(means: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    """Points (N, 2) for posterior means (N, latent_size), and the names of the two axes."""
+    if means.shape[1] == 1:
+        return torch.cat([means, labels[:, None]], 1), ["$z_1$", "class"]
+    if means.shape[1] == 2:
+        return means, ["$z_1$", "$z_2$"]
+    means = means - means.mean(0)
+    _, singular_values, directions = torch.linalg.svd(means, full_matrices=False)
+    shares = singular_values**2 / (singular_values**2).sum()
+    names = [f"principal component {i + 1} ({shares[i]:.0%} of the variance)" for i in range(2)]
+    return means @ directions[:2].T, names
 
 
 def draw_latent_usage(mu: Tensor, kl_by_latent: Tensor, caption: str) -> "Figure":

@@ -322,7 +322,7 @@ def train(
             save(run, average, model, adam, steps.is_compiled, checksums)
             print(epoch_line(history[-1], options, run.dataset, is_likelihood), flush=True)
             is_due = epoch & (epoch - 1) == 0 and started > drawn + 10  # drawing takes a second, so seldom
-            if epoch == options.epochs or is_due:
+            if is_due and epoch < options.epochs:
                 draw(run, test_set)
                 drawn = time.perf_counter()
             if on_epoch:
@@ -330,8 +330,9 @@ def train(
     except BaseException as error:
         leave(run.folder, error)
         raise
-    if first > options.epochs and rank == 0:
-        print(f"{run.folder}: already trained for {options.epochs} epochs; outputs rewritten. Pass a larger --epochs.")
+    if rank == 0:
+        if first > options.epochs:
+            print(f"{run.folder}: already trained for {options.epochs} epochs. Pass a larger --epochs to continue.")
         write_table(run.folder, history)
         draw(run, test_set)
     return average, history, run.folder

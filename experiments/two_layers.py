@@ -4,7 +4,7 @@
     python experiments/two_layers.py --resume RUN --nll-samples 5000
 
 The posterior of z = (z1, z2) is q(z1|x) q(z2|z1), the prior p(z2) p(z1|z2), and the likelihood p(x|z1). A third of
---latent-size is z2. The networks between z1 and z2 are as deep as the others and half as wide. For three layers, let one
+--latent-size is z2. The networks between z1 and z2 are as deep as the others and half as wide. For three layers, let a
 Joint be the first distribution of another.
 """
 

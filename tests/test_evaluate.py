@@ -18,7 +18,7 @@ import pictures
 import runs
 import train
 from data import ImageData, inputs_and_targets
-from measure import TestSet, make_test_set
+from measure import make_test_set
 from model import VAE, loss_criterion
 from tests.conftest import as_test_set, thinned
 
@@ -44,7 +44,7 @@ def fit(data: ImageData) -> VAE:
     return vae.requires_grad_(False)
 
 
-def few(test_set: TestSet, step: int) -> TestSet:
+def few(test_set: measure.TestSet, step: int) -> measure.TestSet:
     """Every step-th image."""
     return test_set.take(slice(None, None, step))
 
@@ -320,6 +320,7 @@ def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageD
 
 PICTURES = {
     *("reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png", "latent_usage.png"),
+    "completions.png",
     "traversals.png",
 }
 KEYS = {

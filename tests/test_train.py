@@ -577,7 +577,7 @@ def test_a_finished_run_is_written_again(tmp_path: Path, fails: Callable, capsys
     assert [row["epoch"] for row in history] == [1, 2]
     assert (run / "metrics.csv").read_bytes() == before[0]
     assert all(torch.equal(value, before[1][name]) for name, value in saved(run)["training_weights"].items())
-    assert "outputs rewritten" in capsys.readouterr().out
+    assert "already trained" in capsys.readouterr().out
     assert "larger --epochs" in fails(train.main, "--resume", run, "--epochs", "1")
 
 
