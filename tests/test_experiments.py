@@ -160,7 +160,7 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert math.isfinite(metrics["nll"])
     assert metrics["binarize"] == "dynamic"
     names = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "manifold"}
-    names |= {"traversals", "least_likely"}
+    names |= {"traversals", "least_likely", "completions"}
     names |= {"latent_usage"} if name in WITH_CLOSED_FORM else set()
     assert drawn == names
     assert " nll " in capsys.readouterr().out

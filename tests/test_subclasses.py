@@ -193,7 +193,7 @@ def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path)
     test_set = measure.make_test_set(small, "none" if kind in IN_GRAY else "dynamic")
     names = {name for name, _ in pictures.draw_all(model, test_set, measure.encode(model, test_set), "caption")}
     expected = {"reconstructions.png", "prior_samples.png", "interpolations.png", "latent_space.png", "manifold.png"}
-    expected |= {"traversals.png"}
+    expected |= {"traversals.png", "completions.png"}
     assert names == expected | (set() if kind in WITHOUT_CLOSED_FORM else {"latent_usage.png"})
     loaded, checkpoint = runs.load_checkpoint(run, kind())
     assert not loaded.training
