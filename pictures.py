@@ -59,7 +59,7 @@ def draw_completions(model: VAE, test_set: TestSet, caption: str, draws: int = 5
     repeated = few.take(list(range(len(few.labels))) * draws)
     with torch.random.fork_rng([seen.device] if seen.is_cuda else []):
         torch.manual_seed(0)
-        completed = model.complete(repeated.targets, seen, repeated.labels)
+        completed = model.complete(repeated.targets, seen, repeated.labels, steps=60)
     given = torch.where(seen, few.targets, 0.5)
     images = torch.cat([given, completed, few.targets])
     names = ["given", *(f"completed {i + 1}" for i in range(draws)), "image"]
