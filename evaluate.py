@@ -341,8 +341,9 @@ def compare_runs(folders: list[str], out_dir: str | Path) -> Path:
     for path, checkpoint, given in zip(paths, checkpoints, options, strict=True):
         if not checkpoint.get("history"):
             raise UserError(f"{path} has no history of a training run")
-        how = ", ".join(f"{name} {given.get(name)}" for name in different)
-        histories.append((textwrap.fill(f"{path.parent.name}: {how}", 110), checkpoint["history"]))
+        options_of_run = ", ".join(f"{name} {given.get(name)}" for name in different)
+        note = "" if checkpoint.get("is_likelihood", True) else " (not likelihoods)"
+        histories.append((textwrap.fill(f"{path.parent.name}{note}: {options_of_run}", 110), checkpoint["history"]))
     path = Path(out_dir) / "compared.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(draw_comparison(histories), path)

@@ -105,6 +105,8 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] 
     name = checkpoint.get("class", "VAE")
     config = checkpoint["model"]
     weights = checkpoint["model_state_dict"]
+    if model is not None:
+        check_is_vae(model)
     is_new = not isinstance(model, VAE)
     try:
         kind = (model or find_class(name)) if is_new else type(model)
@@ -129,6 +131,13 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] 
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)[:200]}") from error
     return model.eval()
+
+
+def check_is_vae(model: Any) -> None:
+    """Raises UserError unless the model is a VAE or a subclass."""
+    if not (isinstance(model, VAE) or (isinstance(model, type) and issubclass(model, VAE))):
+        kind = type(model).__name__
+        raise UserError(f"model must be a VAE or a subclass, not {kind}: pass the model itself, unwrapped")
 
 
 def import_class(place: str) -> type[VAE]:

@@ -319,7 +319,7 @@ def train(
             history.append(test_epoch(run, average, test_set, epoch, neg_elbos, len(images), seconds))
             if rank > 0:
                 continue
-            save(run, average, model, adam, steps.is_compiled, checksums)
+            save(run, average, model, adam, steps.is_compiled, is_likelihood, checksums)
             print(epoch_line(history[-1], options, run.dataset, is_likelihood), flush=True)
             is_due = epoch & (epoch - 1) == 0 and started > drawn + 10  # drawing takes a second, so seldom
             if is_due and epoch < options.epochs:
@@ -452,12 +452,9 @@ def restore(run: Run, device: torch.device) -> tuple[VAE, VAE, Adam]:
 
 def make_model(model: VAE | type[VAE], dataset: ImageData, options: Options) -> VAE:
     """The model given, or a new one of the class given, whose initial weights follow from the seed."""
+    runs.check_is_vae(model)
     if isinstance(model, VAE):
         return model
-    if not (isinstance(model, type) and issubclass(model, VAE)):
-        raise UserError(
-            f"model must be a VAE or a subclass, not {type(model).__name__}: pass the model itself, unwrapped"
-        )
     utils.seed_epoch(options.seed, 0)
     return model.for_data(dataset, options)
 
@@ -489,7 +486,7 @@ def start_line(run: Run, model: VAE, device: torch.device) -> str:
 
 def epoch_line(row: dict[str, float], options: Options, dataset: ImageData, is_likelihood: bool) -> str:
     """What a run says after an epoch."""
-    label = "" if is_likelihood else "  (gray targets: no likelihood)"
+    label = "" if is_likelihood else "  (no likelihood)"
     if is_likelihood and options.binarize == "none":
         label = f"  ({measure.bits_per_dim(row['test_loss'], dataset.input_size):.3f} bits per dimension)"
     width = 8 if options.binarize == "none" else 6  # sums over pixels of 256 levels are larger
@@ -500,7 +497,15 @@ def epoch_line(row: dict[str, float], options: Options, dataset: ImageData, is_l
     )
 
 
-def save(run: Run, average: VAE, model: VAE, adam: Adam, is_compiled: bool, checksums: dict[str, int]) -> None:
+def save(
+    run: Run,
+    average: VAE,
+    model: VAE,
+    adam: Adam,
+    is_compiled: bool,
+    is_likelihood: bool,
+    checksums: dict[str, int],
+) -> None:
     """Writes checkpoint.pt, from which everything else in the run folder can be made again, and metrics.csv."""
     options = dataclasses.asdict(run.options) | {"compile": is_compiled}  # so that a resumed run makes the same choice
     history = run.checkpoint["history"]
@@ -515,6 +520,7 @@ def save(run: Run, average: VAE, model: VAE, adam: Adam, is_compiled: bool, chec
         "options": {name: value for name, value in options.items() if name not in PLACES},
         "epoch": len(history),
         "history": history,
+        "is_likelihood": is_likelihood,
         **checksums,
     }
     runs.save_checkpoint(run.folder / "checkpoint.pt", checkpoint)

@@ -88,7 +88,7 @@ def test_a_density_is_never_called_a_likelihood_or_bits(name: str, binarize: str
     assert "bits" not in printed
 
 
-def test_training_with_a_density_says_so(few: ImageData, options: dict, capsys: pytest.CaptureFixture):
+def test_training_with_a_density_says_so(few: ImageData, options: dict, capsys, monkeypatch: pytest.MonkeyPatch):
     class GaussVAE(VAE):
         def __init__(self, *args: int, **sizes: int):
             super().__init__(*args, **sizes)
@@ -97,10 +97,16 @@ def test_training_with_a_density_says_so(few: ImageData, options: dict, capsys: 
         def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
             return Independent(Normal(self.decoder(z), self.log_sigma.exp()), 1)
 
-    train.train(few, GaussVAE, **options, binarize="none")
+    _, _, run = train.train(few, GaussVAE, **options, binarize="none")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
     assert "no likelihood" in line
     assert "bits" not in line
+    _, _, other = train.train(few, **options)
+    shown = []
+    monkeypatch.setattr(evaluate, "save_figure", lambda figure, _: shown.append(figure))
+    evaluate.compare_runs([run, other], options["out_dir"])
+    labels = [text.get_text() for text in shown[0].legends[0].get_texts()]
+    assert ["not likelihoods" in label for label in labels] == [True, False]
 
 
 def test_masses_of_256_levels_add_up_to_one_and_are_a_likelihood(few: ImageData):
@@ -355,6 +361,13 @@ class monkeypatched_forward:
 
     def __exit__(self, *_: object) -> None:
         del self.model.forward
+
+
+def test_a_wrapped_model_is_not_loaded_into(few: ImageData, options: dict):
+    _, _, run = train.train(few, **options)
+    for wrapped in (torch.compile(VAE(784, 16, 2)), nn.DataParallel(VAE(784, 16, 2)), nn.Linear):
+        with pytest.raises(UserError, match="must be a VAE"):
+            runs.load_checkpoint(run, wrapped)
 
 
 def test_training_leaves_validation_of_distributions_as_it_was(few: ImageData, options: dict, monkeypatch):
