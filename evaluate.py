@@ -144,7 +144,7 @@ def evaluate_run(
 
     A checkpoint of a subclass of your own needs `model`, that class or an instance. Defaults are the run's own, and its
     images must not have changed. Naming a data set selects its test set; so does hold_out=0. out_dir is the run folder,
-    or a folder FILE for FILE.pt. Raises UserError for a bad value or file, and OSError.
+    or a folder FILE for FILE.pt. Reseeds PyTorch. Raises UserError for a bad value or file, and OSError.
     """
     opened = open_run(run, model, binarize, device, out_dir)
     model = opened.model
@@ -260,13 +260,13 @@ def sample_images(model: VAE, y: Tensor, temperature: float = 1.0, draw_pixels: 
     return likelihood.sample() if draw_pixels else likelihood.mean
 
 
-def write_samples(opened: OpenedRun, n: int, label: str | None = None, **how: Any) -> Path:
-    """Writes n images from the prior into a new folder `samples`. `how` is sample_images'. Errors are write_images'.
+def write_samples(opened: OpenedRun, n: int, label: str | None = None, **draws: Any) -> Path:
+    """Writes n images from the prior into a new folder `samples`. `draws` are sample_images' other arguments.
 
-    They are of one class, by its name, or of all in turn.
+    They are of one class, by its name, or of all in turn. Errors are those of choose_labels and write_images.
     """
     y = choose_labels(opened, n, label)
-    return write_images(opened, "samples", sample_images(opened.model, y, **how))
+    return write_images(opened, "samples", sample_images(opened.model, y, **draws))
 
 
 @torch.no_grad()
@@ -392,8 +392,8 @@ def make_parser() -> utils.ArgumentParser:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    how = {name: value for name in ("label", "temperature", "draw_pixels") if (value := getattr(args, name))}
-    if how and not args.samples:
+    draws = {name: value for name in ("label", "temperature", "draw_pixels") if (value := getattr(args, name))}
+    if draws and not args.samples:
         parser.error("--label, --temperature and --draw-pixels are for --samples")
     if args.complete and (not args.samples or args.temperature):
         parser.error("--complete goes with --samples, for the number of completions, and without --temperature")
@@ -408,9 +408,9 @@ def main() -> None:
             number = save_encoded(args.save, opened, *data, args.nll_samples, args.seed)
             print(f"wrote {args.save}: {number:,} images")
         if args.complete:
-            print(f"wrote {write_completions(opened, args.complete, args.samples, seed=args.seed, **how)}")
+            print(f"wrote {write_completions(opened, args.complete, args.samples, seed=args.seed, **draws)}")
         elif args.samples:
-            print(f"wrote {write_samples(opened, args.samples, seed=args.seed, **how)}")
+            print(f"wrote {write_samples(opened, args.samples, seed=args.seed, **draws)}")
     else:
         data = args.dataset, args.data_dir, args.binarize
         evaluate_run(

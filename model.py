@@ -405,8 +405,9 @@ class VAE(nn.Module):
         """
         size = self.config["input_size"]
         if x.dim() < 2 or math.prod(x.shape[1:]) != size or not x.is_floating_point():
-            what = f"floats of shape (B, ...) with {size} values for each image"
-            raise ValueError(f"expected {what}, got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(
+                f"expected floats of shape (B, ...) with {size} values for each image, got {x.dtype} {tuple(x.shape)}"
+            )
         if not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel():
             with contextlib.suppress(RuntimeError):  # within torch.func.vmap, tensors have no values to look at
                 low, high = (value.item() for value in x.detach().aminmax())
