@@ -154,8 +154,8 @@ function normal(random) {  // Box-Muller
 
 const WARMUP = 20;  // steps that accept every proposal, which finds images like the seen part sooner
 
-function logWeight({ z, logits }, x, { mu, std, logvar }) {  // log p(x|z) + log p(z) - log q(z|x)
-  const byLatent = z.map((value, k) => logvar[k] + ((value - mu[k]) / std[k]) ** 2 - value * value);
+function logWeight({ z, logits }, x, { mu, std }) {  // log p(x|z) + log p(z) - log q(z|x), but for a constant
+  const byLatent = z.map((value, k) => ((value - mu[k]) / std[k]) ** 2 - value * value);
   return 0.5 * sum(byLatent) - sum(bceByPixel(logits, x));
 }
 

@@ -740,16 +740,18 @@ def test_completions_follow_the_conditional_distribution(show: Callable[..., Bro
     model = VAE(input_size=4, hidden_size=8, latent_size=2)
     for weights in model.parameters():
         nn.init.normal_(weights, std=0.8)
-    model.latent_z.logvar.bias.data += 1  # wide proposals, so that 40,000 steps are enough
+    for weights in model.latent_z.parameters():
+        weights.data /= 4
+    model.latent_z.logvar.bias.data += 0.5  # wide proposals, which need fewer steps
     images, labels = torch.randint(256, (20, 1, 2, 2), dtype=torch.uint8), torch.arange(20) % 2
     browser = show(make.make_explorer(model, ImageData("tiny", ["0", "1"], images, labels, images, labels), "caption"))
-    chain = """(pixels => {
+    chain = """((pixels, count) => {
         const chain = complete(main, pixels, [0, 0, 1, 1], generator(0)), states = [];
-        while (states.length < 40000) states.push(chain.next().value);
-        return states.slice(WARMUP).map(({ z, logits }) => [...z, ...logits.slice(2)]);
+        while (states.length < count) states.push(chain.next().value);
+        return states.map(({ z, logits }) => [...z, ...logits.slice(2)]);
     })"""
-    states, others = (torch.tensor(browser.run(f"{chain}([0.9, 0.2, {erased}])")) for erased in ("0, 0", "1, 1"))
-    assert torch.equal(states, others)
+    states = torch.tensor(browser.run(f"{chain}([0.9, 0.2, 0, 0], 40000)"))
+    assert torch.equal(states[:100], torch.tensor(browser.run(f"{chain}([0.9, 0.2, 1, 1], 100)")))
     ticks = torch.linspace(-6, 6, 241)
     grid = torch.cartesian_prod(ticks, ticks)
     with torch.no_grad():
@@ -763,8 +765,7 @@ def test_completions_follow_the_conditional_distribution(show: Callable[..., Bro
         return torch.cat([z, z**2, z.prod(1, keepdim=True), p, p.prod(1, keepdim=True)], 1)
 
     expected = weights @ features(grid, logits[:, 2:])
-    print((features(states[:, :2], states[:, 2:]).mean(0) - expected), expected)
-    torch.testing.assert_close(features(states[:, :2], states[:, 2:]).mean(0), expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(features(states[:, :2], states[:, 2:]).mean(0), expected, atol=0.04, rtol=0)
 
 
 @pytest.mark.parametrize("touch", [False, True])
