@@ -311,7 +311,7 @@ function startErase() {
 
   function start() {
     const percent = Math.round(100 * sum(erased) / erased.length);
-    const description = `Eraser, for mouse or finger. It shows ${input.name}, of which ${percent}% are erased`;
+    const description = `Eraser, for mouse or finger. It shows ${input.name}, of which ${percent}% is erased`;
     show(byId("eraser"), coloured(checked), description);
     refresh("completions", fill());
   }
