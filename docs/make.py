@@ -35,7 +35,11 @@ from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 EMOJI, EMOJI_ROWS, EMOJI_COLUMNS, EMOJI_SIZE = ROOT / "assets" / "emoji.png", 8, 12, 32
-MODELS = {"main": ("default", "Draw, Mix and Loss"), "map": ("2d", "The map"), "vamp": ("vampprior", "The VampPrior")}
+MODELS = {
+    "main": ("default", "Draw, Erase, Mix and Loss"),
+    "map": ("2d", "The map"),
+    "vamp": ("vampprior", "The VampPrior"),
+}
 STARTS = {"from": 29, "to": 51}  # the emoji mixed at first: a peach and a heart
 ABOUT = (
     "A variational autoencoder squeezes an image into a few numbers, the latents, and draws the image again from them. "
@@ -48,6 +52,9 @@ NOTES = [
     "on what a drawing looks like.",
     "The digits shown are from MNIST's test set. The 2,000 are its first 1,000 digits and 1,000 of the training set. "
     "BCE is taken of the gray pixels, which gives its mean over binary samples, and averaged over four draws of z.",
+    "To fill in what is erased, the seen pixels count as black or white. The first 20 of the 60 steps accept every "
+    "proposal (Rezende et al. 2014, arXiv 1401.4082, appendix F), and the others accept by the ratio of Mattei and "
+    "Frellsen (arXiv 1802.04826).",
 ]
 
 

@@ -150,6 +150,28 @@ function normal(random) {  // Box-Muller
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Completions of an image with erased pixels: Metropolis-within-Gibbs (Mattei & Frellsen 2018, arXiv 1802.04826)
+
+const WARMUP = 20;  // steps that accept every proposal, which finds images like the seen part sooner
+
+function logWeight({ z, logits }, x, { mu, std }) {  // log p(x|z) + log p(z) - log q(z|x), but for a constant
+  const byLatent = z.map((value, k) => ((value - mu[k]) / std[k]) ** 2 - value * value);
+  return 0.5 * sum(byLatent) - sum(bceByPixel(logits, x));
+}
+
+function* complete(model, pixels, erased, random) {  // -> z and its logits after each step, without end
+  const decoded = z => ({ z, logits: model.logits(z) }), seen = pixels.map(value => value > 0.5);
+  let state = decoded(model.drawPrior(random)(1));
+  for (let step = 0; ; step++) {
+    const x = seen.map((value, i) => erased[i] ? random() < sigmoid(state.logits[i]) : value), q = model.encode(x);
+    const proposal = decoded(q.mu.map((mean, k) => mean + q.std[k] * normal(random)));
+    const logRatio = () => logWeight(proposal, x, q) - logWeight(state, x, q);
+    if (step < WARMUP || Math.log(random()) < logRatio()) state = proposal;
+    yield state;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Points of the latent space
 
 const mix = (a, b, t) => Float64Array.from(a, (value, i) => value + t * (b[i] - value));

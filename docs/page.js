@@ -279,6 +279,67 @@ function startDraw() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Erase
+
+function startErase() {
+  const COUNT = 6, STEPS = 60, ERASER = 2.5 / 28 * Math.min(height, width);  // half the eraser's width, in pixels
+  const parts = {
+    "Top half": i => i < height * width / 2,
+    "Bottom half": i => i >= height * width / 2,
+    "Left half": i => i % width < width / 2,
+    "Right half": i => i % width >= width / 2,
+    Nothing: () => false,
+  };
+  const canvases = Array.from({ length: COUNT }, () => make("canvas", byId("completions"), { role: "img" }));
+  let erased, last, seed = 1;
+
+  const yellow = value => [0.16 + 0.84 * value, 0.13 + 0.75 * value, 0.02 + 0.28 * value];
+  const checked = i => yellow((i % width + Math.floor(i / width)) % 2 ? 0.3 : 0.1);
+  const coloured = colour => Array.from(input.pixels, (value, i) => erased[i] ? colour(i) : [value, value, value]).flat();
+
+  function erase(isErased) {
+    erased = input.pixels.map((_, i) => isErased(i));
+    start();
+  }
+
+  function rub(...places) {
+    const toPixels = ([x, y]) => [x * width, y * height], before = erased;
+    const rubbed = paint([places.map(toPixels)], height, width, ERASER);
+    last = places.at(-1);
+    erase(i => before[i] || rubbed[i] > 0.5);
+  }
+
+  function start() {
+    const percent = Math.round(100 * sum(erased) / erased.length);
+    const description = `Eraser, for mouse or finger. It shows ${input.name}, of which ${percent}% is erased`;
+    show(byId("eraser"), coloured(checked), description);
+    refresh("completions", fill());
+  }
+
+  function* fill() {
+    const chains = canvases.map((_, i) => complete(main, input.pixels, erased, generator(COUNT * seed + i)));
+    for (let step = 1; step <= STEPS; step++) {
+      for (const [i, chain] of chains.entries()) {
+        const { z, logits } = chain.next().value;
+        if (step === 1 || step % 20 === 0) {  // a first answer, and better ones
+          const description = `Completion ${i + 1}, like ${classes[nearestClass(main.points, labels, z)]}`;
+          show(canvases[i], coloured(pixel => yellow(sigmoid(logits[pixel]))), description);
+        }
+        yield;
+      }
+    }
+  }
+
+  for (const [name, isErased] of Object.entries(parts)) {
+    make("button", byId("parts"), { textContent: name }).onclick = () => erase(isErased);
+  }
+  byId("others").onclick = () => { seed++; start(); };
+  onDrag(byId("eraser"), place => rub(place), place => rub(last, place));
+  input.listeners.push(start);
+  erase(parts["Top half"]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Walk
 
 const walk = { z: new Float64Array(map.size), chosen: -1, sliders: [] };  // chosen: the dot that z is the mean of
@@ -573,8 +634,8 @@ setText(byId("sample-text"), "A draw of the prior, decoded, is an image that nev
   (vamp ? "Left, the prior is the standard normal; right, the VampPrior, a learned mixture of posteriors. " : "") +
   "The temperature is how far draws spread: low, to what is likely; high, to where the decoder has never been.");
 startSample("sample", digits, vamp ? { "N(0, I)": main, VampPrior: vamp } : { "N(0, I)": main });
-if (main.encode) startLoss();
-else leaveOut("loss");
+if (main.encode) [startErase, startLoss].forEach(start => start());
+else ["erase", "loss"].forEach(leaveOut);
 if (data.emoji) {
   new IntersectionObserver((changes, observer) => {  // starts when almost in view, since it is slow
     if (!changes.some(({ isIntersecting }) => isIntersecting)) return;  // a slow browser reports several at once

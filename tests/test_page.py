@@ -610,8 +610,8 @@ def test_sections_without_their_model_are_left_out(few: ImageData, show: Callabl
     assert browser.run("document.getElementById('notes').textContent") == "of </script><b>digits"
     sections = "[...document.querySelectorAll('section')].map(section => section.id)"
     links = "[...document.querySelectorAll('nav a')].map(link => link.hash.slice(1))"
-    assert browser.run(sections) == browser.run(links) == ["draw", "walk", "mix", "sample", "loss"]
-    assert pixels(browser, "#walked").shape == (20, 28)
+    assert browser.run(sections) == browser.run(links) == ["draw", "erase", "walk", "mix", "sample", "loss"]
+    assert pixels(browser, "#walked").shape == pixels(browser, "#completions canvas").shape == (20, 28)
     expected = model.reconstruct(pixels(browser, "#read")[None])[0]
     torch.testing.assert_close(pixels(browser, "#rebuilt"), expected, atol=5e-3, rtol=0)
 
@@ -728,3 +728,80 @@ def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_pat
     labels = json.loads(re.search(r'"labels":(\[[\d,]*\])', content)[1])
     assert labels == [int(held.test_labels[i]) for i in pictures.one_of_each_class(held.test_labels.tolist(), 2000)]
     assert "60 held-out training images" in content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Erase
+
+
+def test_completions_follow_the_conditional_distribution(show: Callable[..., Browser]):
+    """Of images of four pixels, for which a grid over two latents gives it. What was erased makes no difference."""
+    torch.manual_seed(0)
+    model = VAE(input_size=4, hidden_size=8, latent_size=2)
+    for weights in model.parameters():
+        nn.init.normal_(weights, std=0.8)
+    for weights in model.latent_z.parameters():
+        weights.data /= 4
+    model.latent_z.logvar.bias.data += 0.5  # wide proposals, which need fewer steps
+    images, labels = torch.randint(256, (20, 1, 2, 2), dtype=torch.uint8), torch.arange(20) % 2
+    browser = show(make.make_explorer(model, ImageData("tiny", ["0", "1"], images, labels, images, labels), "caption"))
+    chain = """((pixels, count) => {
+        const chain = complete(main, pixels, [0, 0, 1, 1], generator(0)), states = [];
+        while (states.length < count) states.push(chain.next().value);
+        return states.map(({ z, logits }) => [...z, ...logits.slice(2)]);
+    })"""
+    states = torch.tensor(browser.run(f"{chain}([0.9, 0.2, 0, 0], 40000)"))
+    assert torch.equal(states[:100], torch.tensor(browser.run(f"{chain}([0.9, 0.2, 1, 1], 100)")))
+    ticks = torch.linspace(-6, 6, 241)
+    grid = torch.cartesian_prod(ticks, ticks)
+    with torch.no_grad():
+        logits = model.decoder.logits(grid)
+    seen = torch.distributions.Bernoulli(logits=logits[:, :2]).log_prob(torch.tensor([1.0, 0.0])).sum(1)
+    weights = torch.softmax(model.prior().log_prob(grid) + seen, 0)
+
+    def features(z: Tensor, logits: Tensor) -> Tensor:
+        """Of the latents, two moments. Of the erased pixels, the probabilities of each and of both."""
+        p = torch.sigmoid(logits)
+        return torch.cat([z, z**2, z.prod(1, keepdim=True), p, p.prod(1, keepdim=True)], 1)
+
+    expected = weights @ features(grid, logits[:, 2:])
+    torch.testing.assert_close(features(states[:, :2], states[:, 2:]).mean(0), expected, atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_only_what_is_erased_is_filled_in(touch: bool, show: Callable[..., Browser]):
+    """Of a drawing too, and by the keyboard. Other completions follow on demand."""
+    browser = show(PAGE)
+    browser.resize(390, 844, phone=touch)
+
+    def check() -> tuple[Tensor, Tensor]:
+        """The erased pixels, (28, 28), and the completions, (6, 28, 28)."""
+        drawing, eraser = idle(browser) or pixels(browser, "#read"), pixels(browser, "#eraser", colour=True)
+        filled = [pixels(browser, f"#completions :nth-child({i})", colour=True) for i in range(1, 7)]
+        erased = eraser[..., 0] != eraser[..., 2]
+        for picture in (eraser, *filled):
+            assert torch.equal(picture[~erased], drawing[~erased][:, None].expand(-1, 3))
+            assert (picture[..., 0] != picture[..., 2])[erased].all()
+        distances = torch.pdist(torch.stack(filled)[:, erased, 0])
+        assert distances.min() > 0.1
+        return erased, torch.stack(filled)[..., 0]
+
+    top = torch.arange(28)[:, None].expand(28, 28) < 14
+    assert torch.equal(check()[0], top)
+    browser.run("document.querySelector('#parts button:nth-of-type(2)').focus()")
+    browser.key("Enter")
+    assert torch.equal(check()[0], ~top)
+    browser.run("document.getElementById('clear').click()")
+    browser.run("document.querySelector('#parts button:last-child').click()")
+    for stroke in STROKES["4"]:
+        browser.drag([browser.place("#pad", *point) for point in stroke], touch)
+    path = [(0.2, 0.3), (0.2, 0.6), (0.7, 0.6)]
+    browser.drag([browser.place("#eraser", *point) for point in path], touch)
+    erased, before = check()
+    shares = covered_shares([[(28 * x, 28 * y) for x, y in path]], pen=2.5)
+    assert erased[shares > 0.8].all()
+    assert not erased[shares < 0.2].any()
+    browser.run("document.getElementById('others').click()")
+    again, after = check()
+    assert torch.equal(erased, again)
+    assert torch.cdist(before.flatten(1), after.flatten(1)).min() > 0.1
