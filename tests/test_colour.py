@@ -18,6 +18,7 @@ import runs
 import train
 import utils
 from data import ImageData
+from experiments.conditional import ConditionalVAE
 from model import VAE
 
 SMALL = ["--epochs=2", "--hidden-size=16", "--latent-size=3", "--batch-size=50", "--device=cpu"]
@@ -133,16 +134,16 @@ def test_the_logistic_learns_in_any_precision(precision: str, colours: ImageData
 
 
 def test_mirrored_images_are_trained_on_too(colours: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An epoch with --mirror is one on the images and their mirror images."""
+    """An epoch with --mirror is one on the images and their mirror images, each with its label, which is heard."""
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 2, "hidden_size": 8, "latent_size": 2, "out_dir": tmp_path, "device": "cpu"}
     images = torch.randint(0, 256, colours.train_images.shape, dtype=torch.uint8)  # which are not their mirror images
     colours = replace(colours, train_images=images)
-    _, _, mirrored = train.train(colours, **options, mirror=True)
+    _, _, mirrored = train.train(colours, ConditionalVAE, **options, mirror=True)
     both = torch.cat([colours.train_images, colours.train_images.flip(3)])
     labels = torch.cat([colours.train_labels] * 2)
     twice = ImageData("twice", colours.classes, both, labels, colours.test_images, colours.test_labels)
-    _, _, plain = train.train(twice, **options)
+    _, _, plain = train.train(twice, ConditionalVAE, **options)
     weights, expected = (runs.load_checkpoint(run)[0].state_dict() for run in (mirrored, plain))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     train.resume(mirrored, dataset=colours, epochs=3)  # its own images, without the copies

@@ -293,6 +293,17 @@ def test_latent_usage_sorts_the_kl(digits: ImageData):
     assert "not active: 1" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
+def test_latent_usage_shows_which_latents_are_active():
+    """Those whose means vary. A latent with a large KL and the same mean for every image is not one of them."""
+    mu = torch.tensor([1.0, 0.0, 3.0, 1.0]) * torch.randn(100, 4)
+    kl = torch.tensor([[0.5, 4.0, 3.0, 0.001]]).expand(100, 4)
+    axes = pictures.draw_latent_usage(mu, kl, "").axes[0]
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert heights == {"active: 3": pytest.approx([3, 0.5, 0.001]), "not active: 1": [4]}
+    places = [bar.get_x() + bar.get_width() / 2 for bars in axes.containers for bar in bars]
+    assert places == pytest.approx([1, 2, 3, 0])
+
+
 @pytest.mark.parametrize("latent_size", [1, 2, 5])
 def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageData):
     vae, digits = VAE(784, 32, latent_size), replace(digits, classes=["_", "_1", *digits.classes[2:]])

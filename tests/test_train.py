@@ -180,6 +180,24 @@ def test_a_last_batch_of_one_joins_the_one_before(num_images: int, batch_size: i
     assert torch.cat(numbers).sort().values.tolist() == list(range(num_images))
 
 
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "sizes"), [(25, 10, [10, 15]), (26, 10, [10, 10, 6]), (10, 3, [3, 3, 4])]
+)
+def test_a_last_batch_gives_every_process_two(num_images: int, batch_size: int, sizes: list[int], monkeypatch):
+    """Or joins the batch before. Three processes share what one would have taken."""
+    options = train.make_options(batch_size=batch_size, precision="highest", binarize="threshold")
+    images = torch.zeros(num_images, 4, dtype=torch.uint8)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(train, "rank_and_ranks", lambda rank=rank: (rank, 3))
+        _, numbers, _ = zip(*epochs_seen(images, [1], options), strict=True)
+        shares.append(numbers)
+    batches = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+    assert [len(batch) for batch in batches] == sizes
+    assert torch.cat(batches).sort().values.tolist() == list(range(num_images))
+    assert batch_size < 6 or min(len(share) for numbers in shares for share in numbers) >= 2
+
+
 def take_same_steps(ours: train.Adam, theirs: torch.optim.Adam, steps: int) -> None:
     """With gradients of many sizes, and another step size each time."""
     for i in range(steps):
@@ -503,6 +521,23 @@ def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
     told = [float(word.replace(",", "")) for word in re.findall(r"[\d,]+\.?\d*", line.removeprefix("epoch 1/1"))]
     names = ("train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second")
     assert told == pytest.approx([row[name] for name in names], rel=1e-3, abs=0.5)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_train_loss_is_the_mean_over_the_images(mirror: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the losses of all steps, the last of which has fewer images. A mirror image counts as one."""
+    sums = []
+    train_epoch = train.train_epoch
+
+    def recorded(*args: object) -> torch.Tensor:
+        neg_elbos = train_epoch(*args)
+        sums.append(sum(neg_elbos.tolist()))
+        return neg_elbos
+
+    monkeypatch.setattr(train, "train_epoch", recorded)
+    _, history, _ = train.train(**SMALL | {"batch_size": 300}, epochs=2, mirror=mirror, out_dir=tmp_path)
+    num_images = 2000 if mirror else 1000
+    assert [row["train_loss"] for row in history] == pytest.approx([total / num_images for total in sums])
 
 
 def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -231,3 +231,28 @@ def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
     gray = measure.measure_all(model, few.test_images, few.test_labels, "none", 3)
     assert gray.nll is None
     assert gray.neg_elbo.shape == whole.nll.shape
+
+
+def test_every_batch_has_draws_of_its_own(few: ImageData):
+    """The same images twice, in two batches, are told apart by the noise in z alone."""
+    images = few.test_images[:20].repeat(2, 1, 1, 1)
+    labels = few.test_labels[:20].repeat(2)
+    found = measure.measure_all(VAE(784, 16, 3), images, labels, "threshold", 3, batch_size=20)
+    assert torch.equal(*found.mu.split(20))
+    for values in (found.reconstruction, found.nll):
+        first, second = values.split(20)
+        assert (first != second).float().mean() > 0.9
+
+
+def test_encoding_what_a_run_would_hold_out(few: ImageData, tmp_path: Path, call: Callable, monkeypatch):
+    """Images, labels and draws are those that --hold-out and --seed ask for."""
+    model, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
+    held = few.hold_out(30)
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: few.hold_out(args[3]))
+    call(run, "--save", tmp_path / "held.npz", "--hold-out", 30, "--seed", 7, "--nll-samples", 4)
+    arrays = np.load(tmp_path / "held.npz")
+    assert arrays["label"].tolist() == [str(label) for label in held.test_labels.tolist()]
+    metrics = evaluate.evaluate(model, held.test_images, nll_samples=4, seed=7)
+    assert arrays["nll"].mean() == pytest.approx(metrics["nll"])
+    assert np.median(arrays["effective_samples"]) == pytest.approx(metrics["effective_samples"], rel=0.1)
+    assert evaluate.evaluate(model, held.test_images, nll_samples=4)["nll"] != pytest.approx(metrics["nll"])
