@@ -17,7 +17,7 @@ import measure
 import runs
 import train
 import utils
-from data import ImageData
+from data import ImageData, load_dataset
 from experiments.conditional import ConditionalVAE
 from model import VAE
 
@@ -85,6 +85,10 @@ def test_a_colour_model_is_tested_on_gray_pictures(colours: ImageData, tmp_path:
     np.savez(tmp_path / "gray.npz", images=make_images(60, 8)[..., 0])
     metrics = evaluate.evaluate_run(made, dataset=tmp_path / "gray.npz", nll_samples=1)
     assert metrics["bits_per_dim"] > 0
+    gray = load_dataset(str(tmp_path / "gray.npz"))
+    rgb = load_dataset(str(tmp_path / "gray.npz"), channels=3)
+    for part in ("train_images", "test_images"):
+        assert torch.equal(getattr(rgb, part), torch.cat([getattr(gray, part)] * 3, 1))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from torchvision import datasets
 from torchvision.datasets import CIFAR10
 
-from data import DataUnavailable, ImageData, inputs_and_targets, load_dataset
+from data import DataUnavailable, ImageData, draw_bits, inputs_and_targets, load_dataset
 from utils import UserError
 
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist-digits": "EMNIST"}
@@ -213,6 +213,17 @@ def test_dynamic_samples_with_the_gray_values_probability():
     assert torch.all((inputs.mean(0) - p).abs() <= tolerance)  # 0 and 255 exactly
     again, _ = inputs_and_targets(images, "dynamic")
     assert not torch.equal(inputs, again)
+
+
+def test_a_gpus_bits_are_as_evenly_spread_as_a_cpus(monkeypatch: pytest.MonkeyPatch):
+    """With PyTorch's generator for the CPU in the place of the GPU's."""
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, device, **how: randint(*args, **how))
+    for device in ("cpu", "cuda"):
+        bits = draw_bits(torch.Size([3, 40_001]), torch.device(device))
+        assert (bits.shape, bits.dtype) == ((3, 40_001), torch.int16)
+        counts = torch.histc(bits.float(), 8, -(2**15), 2**15)
+        torch.testing.assert_close(counts, torch.full((8,), 120_003 / 8), rtol=0.05, atol=0)
 
 
 def test_black_and_white_pixels_are_never_flipped():

@@ -199,6 +199,29 @@ def test_the_averaged_model_keeps_what_its_layers_promise(few: ImageData, option
         assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() == pytest.approx(1, abs=1e-3)
 
 
+class Watching(VAE):
+    """Adds up how far the targets' pixels are from their labels."""
+
+    def __init__(self):
+        super().__init__(9, 4, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("off", torch.zeros(()))
+
+    def elbo_terms(self, x: Tensor, targets: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.seen += len(x)
+        self.off += (targets - y[:, None]).abs().sum()
+        return super().elbo_terms(x, targets, y)
+
+
+def test_buffers_settle_on_binarized_images_and_their_labels():
+    labels = torch.arange(50) % 2
+    images = (200 * labels)[:, None].expand(50, 9).byte()
+    model = Watching()
+    options = train.make_options(batch_size=8, binarize="threshold")
+    train.settle_buffers(model, Watching(), images, labels, options, batches=5)
+    assert (model.seen, model.off) == (40, 0)
+
+
 def test_a_count_in_a_buffer_is_the_trained_models(few: ImageData, options: dict):
     class CountingVAE(SpectralVAE):
         def __init__(self, *args: int, **sizes: int):

@@ -28,6 +28,7 @@ from tests.conftest import thinned
 from utils import UserError
 
 SMALL = {"dataset": "mnist-5k", "hidden_size": 16, "latent_size": 3, "batch_size": 500, "device": "cpu"}
+draw = train.draw
 SMALL_ARGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 
@@ -165,6 +166,17 @@ def test_schedules_go_on_within_an_epoch():
         root = math.sqrt(1 - 0.999 ** (i + 1))
         expected.append([lr * root / (1 - 0.9 ** (i + 1)), 1e-8 * root, min(3, 3 * i / 10)])
     torch.testing.assert_close(torch.stack([rates for *_, rates in seen]), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_a_schedule_of_ones_own_reaches_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A rate of 0 from the second epoch on leaves the weights of the first."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL_ARGS, "--epochs=2", "--lr=0.01", f"--out-dir={tmp_path}"])
+    train.main(learning_rate=lambda done, options: options.lr if done < 1 else 0.0)
+    _, _, once = train.train(**SMALL, epochs=1, lr=0.01, out_dir=tmp_path)
+    weights = saved(once)["training_weights"]
+    stopped = saved(tmp_path / "001-mnist-5k-z3")
+    assert stopped["epoch"] == 2
+    assert all(torch.equal(value, weights[name]) for name, value in stopped["training_weights"].items())
 
 
 @pytest.mark.parametrize(
@@ -497,6 +509,18 @@ def test_pictures_at_powers_of_two_and_the_end(seconds: float, expected: list[in
     assert drawn == expected
 
 
+def test_captions_say_after_which_epoch_pictures_were_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    captions = []
+    clock = iter(range(0, 10**6, 11))
+    monkeypatch.setattr(train, "draw", draw)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train.pictures, "draw_curves", lambda history, caption: captions.append(caption))
+    for name in ("draw_reconstructions", "draw_prior_samples", "save_figure"):
+        monkeypatch.setattr(train.pictures, name, lambda *args: None)
+    train.train(**SMALL, epochs=3, out_dir=tmp_path)
+    assert captions == [f"mnist-5k binarized by sampling, 3 latents, epoch {epoch}" for epoch in (1, 2, 3)]
+
+
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_curves_show_the_history(epochs: int):
     columns = ("train_loss", "test_loss", "test_reconstruction", "test_kl")
@@ -538,6 +562,7 @@ def test_train_loss_is_the_mean_over_the_images(mirror: bool, tmp_path: Path, mo
     _, history, _ = train.train(**SMALL | {"batch_size": 300}, epochs=2, mirror=mirror, out_dir=tmp_path)
     num_images = 2000 if mirror else 1000
     assert [row["train_loss"] for row in history] == pytest.approx([total / num_images for total in sums])
+    assert [row["images_per_second"] * row["seconds"] for row in history] == pytest.approx([num_images] * 2)
 
 
 def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture):
