@@ -115,6 +115,14 @@ def test_defaults_follow_the_data(name: str, given: dict, expected: tuple, colou
     assert (metrics["bits_per_dim"] is None) == (expected[0] == "bernoulli")
 
 
+def test_an_epoch_says_the_bits_of_its_test_loss(colours: ImageData, tmp_path: Path, monkeypatch, capsys):
+    """For each value of an image of 3 x 8 x 8."""
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    _, (row,), _ = train.train(colours, epochs=1, hidden_size=8, latent_size=2, out_dir=tmp_path)
+    bits = row["test_loss"] / 192 / math.log(2)
+    assert f"({bits:.3f} bits per dimension)" in capsys.readouterr().out
+
+
 def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
     for likelihood, binarize in (("bernoulli", "dynamic"), ("logistic", "none")):

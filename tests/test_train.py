@@ -538,6 +538,17 @@ def test_default_epochs_follow_the_data_set(digits: ImageData):
     assert options.resolve(replace(digits, name="mnist")).epochs == 20
 
 
+def test_what_a_run_says_first(tmp_path: Path, capsys: pytest.CaptureFixture):
+    _, _, run = train.train(**SMALL, epochs=1, out_dir=tmp_path)
+    encoder = (784 + 1) * 16 + (16 + 1) * 16 + 2 * (16 + 1) * 3
+    decoder = (3 + 1) * 16 + (16 + 1) * 784
+    says = f"mnist-5k: 1,000 training images of 1 x 28 x 28; {encoder + decoder:,} weights on cpu; writing to {run}, "
+    says += "which --resume continues"
+    assert capsys.readouterr().out.startswith(f"{says}\n")
+    train.resume(run, epochs=2)
+    assert capsys.readouterr().out.startswith(f"{says} after epoch 1\n")
+
+
 def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
     _, (row,), _ = train.train(**SMALL, epochs=1, out_dir=tmp_path)
     assert row["images_per_second"] * row["seconds"] == pytest.approx(1000)
