@@ -352,11 +352,13 @@ def test_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_rule_counts_the_steps(small: ImageData, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("options.is_worth_compiling", lambda device, ranks, steps: steps in (20 * 11, 20 * 21))
-    cases = ({}, True), ({"epochs": 19}, False), ({"compile": False}, False), ({"mirror": True}, True)
+    counted = []
+    monkeypatch.setattr("options.is_worth_compiling", lambda device, ranks, steps: counted.append(steps) or steps > 200)
+    cases = ({}, True), ({"epochs": 10}, False), ({"epochs": 10, "mirror": True}, True), ({"compile": False}, False)
     for given, expected in cases:
         options = train.make_options(**{"epochs": 20, "batch_size": 99} | given)  # 1,000 images: the last batch has 10
         assert options.resolve(small, Ordinary()).compile == expected
+    assert counted == [20 * 11, 10 * 11, 10 * 21]
 
 
 def test_precision_follows_from_the_hardware_and_the_batch(monkeypatch: pytest.MonkeyPatch):

@@ -276,8 +276,9 @@ def test_colour_is_drawn_in_colour():
     picture = pictures.tile(images, 2, (3, 4, 5))
     assert picture.shape == (8, 15, 3)
     assert torch.equal(picture[4:, 5:10], images[4].permute(1, 2, 0))
-    shown = pictures.draw_tiles(images, 2, (3, 4, 5), "").axes[0].images[0].get_array()
-    torch.testing.assert_close(torch.tensor(shown), picture)
+    axes = pictures.draw_tiles(images, 2, (3, 4, 5), "", ["a", "b"], ["c", "d", "e"]).axes[0]
+    torch.testing.assert_close(torch.tensor(axes.images[0].get_array()), picture)
+    assert (axes.get_yticks().tolist(), axes.get_xticks().tolist()) == ([2, 6], [2.5, 7.5, 12.5])
 
 
 def test_manifold_is_the_priors_quantiles(trained: VAE, digits: ImageData):

@@ -76,10 +76,14 @@ def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tm
 
 def test_an_experiment_reports_on_what_was_held_out(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
+    places = []
     options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
-    words = [f"--dataset={few_digits}", "--hold-out=60", "--nll-samples=1", f"--out-dir={tmp_path}", *options]
+    words = [f"--dataset={few_digits}", "--hold-out=60", "--nll-samples=1", "--data-dir=elsewhere", *options]
+    words.append(f"--out-dir={tmp_path}")
     monkeypatch.setattr(sys, "argv", ["mine.py", *words])
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: places.append(args[1]) or load_dataset(*args))
     train.main(VAE, report=lambda model, data: seen.append(data))
+    assert set(places) == {"elsewhere"}
     held = load_dataset(str(few_digits), hold_out=60)
     assert torch.equal(seen[0].test_images, held.test_images)
 

@@ -472,9 +472,14 @@ def test_a_file_is_not_called_damaged_for_want_of_memory_or_of_a_right(problem, 
 def test_few_test_images_are_shown_beside_training_images(few: ImageData, options: dict, monkeypatch, tmp_path: Path):
     shown = {}
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: shown.update({path.name: figure}))
-    _, _, run = train.train(few, **options)
+    model, _, run = train.train(few, **options, binarize="threshold")
     evaluate.evaluate_run(run, dataset=few, nll_samples=1)
     axes = shown["latent_space.png"].axes[0]
     points = [len(points.get_offsets()) for points in axes.collections[:2]]
     assert points == [100, 20]
     assert axes.collections[1].get_sizes().min() > 20
+    _, _, mu = model.requires_grad_(False).encode(few.train_images / 255)
+    crosses = axes.collections[0]
+    torch.testing.assert_close(torch.tensor(crosses.get_offsets().data).float(), mu, atol=1e-4, rtol=1e-4)
+    colors = set(zip(few.train_labels.tolist(), map(tuple, crosses.get_facecolors()), strict=True))
+    assert len(colors) == 10

@@ -318,8 +318,11 @@ def test_encoding_what_a_run_would_hold_out(few: ImageData, tmp_path: Path, call
     """Images, labels and draws are those that --hold-out and --seed ask for, and the model hears the labels."""
     model, _, run = train.train("mnist-5k", conditional.ConditionalVAE, **QUICK, out_dir=tmp_path)
     held = few.hold_out(30)
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: few.hold_out(args[3]))
-    call(run, "--save", tmp_path / "held.npz", "--hold-out", 30, "--seed", 7, "--nll-samples", 4)
+    places = []
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: places.append(args[1]) or few.hold_out(args[3]))
+    words = ["--data-dir", tmp_path, "--hold-out", 30, "--seed", 7, "--nll-samples", 4]
+    call(run, "--save", tmp_path / "held.npz", *words)
+    assert places == [str(tmp_path)]
     arrays = np.load(tmp_path / "held.npz")
     assert arrays["label"].tolist() == [str(label) for label in held.test_labels.tolist()]
     mu = model.posterior(make_test_set(held, "dynamic").inputs, held.test_labels).mean.detach()
