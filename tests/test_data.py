@@ -17,6 +17,7 @@ from torchvision import datasets
 from torchvision.datasets import CIFAR10
 
 from data import DataUnavailable, ImageData, draw_bits, inputs_and_targets, load_dataset
+from measure import make_test_set
 from utils import UserError
 
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist-digits": "EMNIST"}
@@ -262,6 +263,7 @@ def test_the_test_set_has_the_sample_that_figures_were_published_for(digits: Ima
     draws = np.frombuffer(low_words_first.tobytes(), "<i2").reshape(images.shape) + 2.0**15
     assert torch.equal(inputs, targets)
     assert np.array_equal(inputs, draws < images.numpy() * (2**16 / 255))
+    assert torch.equal(make_test_set(digits, "dynamic").targets, targets)
 
 
 def test_two_first_commands_download_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
