@@ -222,6 +222,17 @@ def test_buffers_settle_on_binarized_images_and_their_labels():
     assert (model.seen, model.off) == (40, 0)
 
 
+def test_an_average_takes_buffers_as_they_are():
+    """A mean of weights is wanted, but a mean of unit vectors, say, is none."""
+    trained = Watching()
+    trained.seen.fill_(7)
+    average = Watching()
+    expected = 0.6 * average.decoder.fc2.bias + 0.4 * trained.decoder.fc2.bias
+    train.update_average(average, trained, count=15)
+    assert average.seen == 7
+    torch.testing.assert_close(average.decoder.fc2.bias, expected)
+
+
 def test_a_count_in_a_buffer_is_the_trained_models(few: ImageData, options: dict):
     class CountingVAE(SpectralVAE):
         def __init__(self, *args: int, **sizes: int):
