@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,6 +145,11 @@ def test_evaluate_is_seeded(trained: VAE, digits: ImageData):
     assert first["num_images"] == 50
     assert first["neg_elbo"] == pytest.approx(first["reconstruction"] + first["kl"])
     assert first["kl"] == pytest.approx(sum(first["kl_per_latent"]))
+    of_images = first["per_image"]
+    assert first["effective_samples"] == sorted(of_images.effective_samples.tolist())[24]
+    for name in ("neg_elbo", "nll"):
+        deviation = statistics.stdev(getattr(of_images, name).tolist())
+        assert first[f"{name}_se"] == pytest.approx(deviation / math.sqrt(50))
 
 
 def test_standard_error_is_that_of_the_images(trained: VAE, digits: ImageData):

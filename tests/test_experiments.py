@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,9 @@ def test_convolutions_take_images_and_z_of_any_shape(shape: tuple[int, int, int]
     x, z, size = torch.rand(5, *shape).round(), torch.randn(4, 5, 3), math.prod(shape)
     assert model(x)[0].shape == (5, size)
     torch.testing.assert_close(model.reconstruct(x).flatten(1), model.reconstruct(x.flatten(1)))
+    torch.testing.assert_close(model.encoder(x.flatten(1)), model.encoder[1:](x))  # rows are rows
+    pictures = model.decoder(z[0])[..., : shape[1], : shape[2]]
+    torch.testing.assert_close(model.decoder.logits(z[0]).view(5, *shape), pictures)
     means = model.decode(z)
     assert means.shape == (4, 5, size)
     torch.testing.assert_close(means[2, 3], model.decode(z[2, 3:4])[0])
@@ -138,6 +142,13 @@ def test_the_conditional_model_hears_its_labels():
     assert model.sample(6, y).shape == (6, 784)
     with pytest.raises(ValueError, match="labels"):
         model(x)
+
+
+def test_the_conditional_model_has_the_classes_of_its_data(digits: ImageData):
+    twelve = replace(digits, classes=list("abcdefghijkl"))
+    model = conditional.ConditionalVAE.for_data(twelve, train.make_options(hidden_size=8, latent_size=2))
+    assert model.sample(12, torch.arange(12)).shape == (12, 784)
+    assert model.config["num_classes"] == 12
 
 
 def test_the_right_labels_say_more_than_wrong_ones(digits: ImageData, tmp_path: Path, monkeypatch):
