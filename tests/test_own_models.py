@@ -170,6 +170,15 @@ def test_effective_samples_are_those_of_the_weights(few: ImageData, monkeypatch:
     assert torch.allclose(effective_samples, weights.sum(0) ** 2 / (weights**2).sum(0))
 
 
+def test_a_model_is_measured_without_dropout_and_goes_on_with_it(few: ImageData):
+    model = VAE(784, 16, 2)
+    model.encoder = nn.Sequential(model.encoder, nn.Dropout())
+    found = [measure.evaluate(model.train(mode), few.test_images, nll_samples=2) for mode in (False, True)]
+    for name in ("neg_elbo", "nll"):
+        assert found[0][name] == found[1][name]
+    assert model.encoder[1].training
+
+
 def test_a_collapsed_posterior_is_explained(few: ImageData, capsys: pytest.CaptureFixture):
     model = VAE(784, 16, 2)
     for layer in (model.latent_z.mu, model.latent_z.logvar):
