@@ -81,7 +81,8 @@ def test_an_experiment_reports_on_what_was_held_out(few_digits: Path, tmp_path: 
     words = [f"--dataset={few_digits}", "--hold-out=60", "--nll-samples=1", "--data-dir=elsewhere", *options]
     words.append(f"--out-dir={tmp_path}")
     monkeypatch.setattr(sys, "argv", ["mine.py", *words])
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: places.append(args[1]) or load_dataset(*args))
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: places.append(args[1]) or load_dataset(*args))
     train.main(VAE, report=lambda model, data: seen.append(data))
     assert set(places) == {"elsewhere"}
     held = load_dataset(str(few_digits), hold_out=60)

@@ -139,6 +139,8 @@ def test_images_without_labels_help(few: ImageData, tmp_path: Path, capsys: pyte
     model, _, _ = train.train(few, SemiSupervisedVAE, **options, activation="silu", out_dir=tmp_path)
     semi_supervised.report(model, few)
     ours, alone = errors(capsys)
+    is_wrong = model.eval().classifier(few.test_images / 255).argmax(1) != few.test_labels
+    assert ours == pytest.approx(100 * is_wrong.float().mean().item())
     assert ours < alone - 2
     assert alone < 45
 
