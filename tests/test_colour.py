@@ -17,7 +17,8 @@ import measure
 import runs
 import train
 import utils
-from data import ImageData
+from data import ImageData, load_dataset
+from experiments.conditional import ConditionalVAE
 from model import VAE
 
 SMALL = ["--epochs=2", "--hidden-size=16", "--latent-size=3", "--batch-size=50", "--device=cpu"]
@@ -84,6 +85,10 @@ def test_a_colour_model_is_tested_on_gray_pictures(colours: ImageData, tmp_path:
     np.savez(tmp_path / "gray.npz", images=make_images(60, 8)[..., 0])
     metrics = evaluate.evaluate_run(made, dataset=tmp_path / "gray.npz", nll_samples=1)
     assert metrics["bits_per_dim"] > 0
+    gray = load_dataset(str(tmp_path / "gray.npz"))
+    rgb = load_dataset(str(tmp_path / "gray.npz"), channels=3)
+    for part in ("train_images", "test_images"):
+        assert torch.equal(getattr(rgb, part), torch.cat([getattr(gray, part)] * 3, 1))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,14 @@ def test_defaults_follow_the_data(name: str, given: dict, expected: tuple, colou
     assert (metrics["bits_per_dim"] is None) == (expected[0] == "bernoulli")
 
 
+def test_an_epoch_says_the_bits_of_its_test_loss(colours: ImageData, tmp_path: Path, monkeypatch, capsys):
+    """For each value of an image of 3 x 8 x 8."""
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    _, (row,), _ = train.train(colours, epochs=1, hidden_size=8, latent_size=2, out_dir=tmp_path)
+    bits = row["test_loss"] / 192 / math.log(2)
+    assert f"({bits:.3f} bits per dimension)" in capsys.readouterr().out
+
+
 def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
     for likelihood, binarize in (("bernoulli", "dynamic"), ("logistic", "none")):
@@ -133,16 +146,16 @@ def test_the_logistic_learns_in_any_precision(precision: str, colours: ImageData
 
 
 def test_mirrored_images_are_trained_on_too(colours: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An epoch with --mirror is one on the images and their mirror images."""
+    """An epoch with --mirror is one on the images and their mirror images, each with its label, which is heard."""
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 2, "hidden_size": 8, "latent_size": 2, "out_dir": tmp_path, "device": "cpu"}
     images = torch.randint(0, 256, colours.train_images.shape, dtype=torch.uint8)  # which are not their mirror images
     colours = replace(colours, train_images=images)
-    _, _, mirrored = train.train(colours, **options, mirror=True)
+    _, _, mirrored = train.train(colours, ConditionalVAE, **options, mirror=True)
     both = torch.cat([colours.train_images, colours.train_images.flip(3)])
     labels = torch.cat([colours.train_labels] * 2)
     twice = ImageData("twice", colours.classes, both, labels, colours.test_images, colours.test_labels)
-    _, _, plain = train.train(twice, **options)
+    _, _, plain = train.train(twice, ConditionalVAE, **options)
     weights, expected = (runs.load_checkpoint(run)[0].state_dict() for run in (mirrored, plain))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     train.resume(mirrored, dataset=colours, epochs=3)  # its own images, without the copies

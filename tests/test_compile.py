@@ -345,15 +345,20 @@ def test_long_runs_are_compiled(monkeypatch: pytest.MonkeyPatch):
     assert step.is_worth_compiling(gpu, 1, 30_000)
     assert not step.is_worth_compiling(gpu, 1, 29_999)
     assert not step.is_worth_compiling(torch.device("mps"), 1, 10**6)
-    monkeypatch.setattr(step.shutil, "which", lambda name: None)
+    monkeypatch.setattr(step.shutil, "which", lambda name: "/opt/my-c++" if name == "my-c++" else None)
     assert not step.is_worth_compiling(cpu, 1, 5000)
+    monkeypatch.setenv("CXX", "my-c++")
+    assert step.is_worth_compiling(cpu, 1, 5000)
 
 
 def test_the_rule_counts_the_steps(small: ImageData, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("options.is_worth_compiling", lambda device, ranks, steps: steps == 20 * 11)
-    for given, expected in (({}, True), ({"epochs": 19}, False), ({"compile": False}, False)):
+    counted = []
+    monkeypatch.setattr("options.is_worth_compiling", lambda device, ranks, steps: counted.append(steps) or steps > 200)
+    cases = ({}, True), ({"epochs": 10}, False), ({"epochs": 10, "mirror": True}, True), ({"compile": False}, False)
+    for given, expected in cases:
         options = train.make_options(**{"epochs": 20, "batch_size": 99} | given)  # 1,000 images: the last batch has 10
         assert options.resolve(small, Ordinary()).compile == expected
+    assert counted == [20 * 11, 10 * 11, 10 * 21]
 
 
 def test_precision_follows_from_the_hardware_and_the_batch(monkeypatch: pytest.MonkeyPatch):
@@ -374,6 +379,15 @@ def test_precision_follows_from_the_hardware_and_the_batch(monkeypatch: pytest.M
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda answer=has_bfloat16, **_: answer)
         assert step.choose_precision(gpu, 20, is_compiled=False) == "medium"
         assert step.choose_precision(gpu, 20, is_compiled=True) == ("bfloat16" if has_bfloat16 else "medium")
+
+
+def test_the_rule_for_the_precision_sees_the_batch_and_the_compiler(small: ImageData, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("options.choose_precision", lambda device, *how: seen.append(how) or "medium")
+    for given in ({"batch_size": 99, "compile": True}, {"batch_size": 300, "compile": False}):
+        assert train.make_options(**given).resolve(small, Ordinary()).precision == "medium"
+    assert train.make_options(precision="highest").resolve(small, Ordinary()).precision == "highest"
+    assert seen == [(99, True), (300, False)]
 
 
 def test_bfloat16_rounds_products_and_nothing_else():

@@ -16,7 +16,8 @@ import torch
 from torchvision import datasets
 from torchvision.datasets import CIFAR10
 
-from data import DataUnavailable, ImageData, inputs_and_targets, load_dataset
+from data import DataUnavailable, ImageData, draw_bits, inputs_and_targets, load_dataset
+from measure import make_test_set
 from utils import UserError
 
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist-digits": "EMNIST"}
@@ -73,6 +74,7 @@ def test_torchvision_sets(name: str, tmp_path: Path, no_network: None):
     assert data.train_images.dtype == torch.uint8
     assert data.train_labels.tolist() == [i % 10 for i in range(30)]
     assert (data.name, len(data.classes)) == (name, 10)
+    assert data.classes == list("0123456789") or name in ("fashion-mnist", "kmnist")
 
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -215,6 +217,17 @@ def test_dynamic_samples_with_the_gray_values_probability():
     assert not torch.equal(inputs, again)
 
 
+def test_a_gpus_bits_are_as_evenly_spread_as_a_cpus(monkeypatch: pytest.MonkeyPatch):
+    """With PyTorch's generator for the CPU in the place of the GPU's."""
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, device, **how: randint(*args, **how))
+    for device in ("cpu", "cuda"):
+        bits = draw_bits(torch.Size([3, 40_001]), torch.device(device))
+        assert (bits.shape, bits.dtype) == ((3, 40_001), torch.int16)
+        counts = torch.histc(bits.float(), 8, -(2**15), 2**15)
+        torch.testing.assert_close(counts, torch.full((8,), 120_003 / 8), rtol=0.05, atol=0)
+
+
 def test_black_and_white_pixels_are_never_flipped():
     images = torch.tensor([[0, 255]], dtype=torch.uint8)
     for draw in (-32768, 0, 32767):  # the smallest, the middle and the largest of all 16-bit numbers
@@ -250,6 +263,7 @@ def test_the_test_set_has_the_sample_that_figures_were_published_for(digits: Ima
     draws = np.frombuffer(low_words_first.tobytes(), "<i2").reshape(images.shape) + 2.0**15
     assert torch.equal(inputs, targets)
     assert np.array_equal(inputs, draws < images.numpy() * (2**16 / 255))
+    assert torch.equal(make_test_set(digits, "dynamic").targets, targets)
 
 
 def test_two_first_commands_download_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -115,6 +115,7 @@ def test_two_ranks_follow_one_process_and_one_continues_from_two(tmp_path: Path,
     changed = [f"--{name.replace('_', '-')}={value}" for name, value in iwae.items()]
     printed = run_ranks(2, run_command, *ARGS, *changed, "--epochs=2")
     assert [text.count("epoch 2/2") for text in printed] == [text.count("done: now try") for text in printed] == [1, 0]
+    assert [text.count(" on cpu, 2 processes; writing to ") for text in printed] == [1, 0]
     assert list((tmp_path / "runs").iterdir()) == [run]
     _, history, _ = train.train(**OPTIONS, **iwae, epochs=3, out_dir=tmp_path / "runs")
     _, resumed, _ = train.resume(run, epochs=3)

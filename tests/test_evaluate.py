@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch.distributions import Bernoulli, Independent, Normal
 
 import evaluate
@@ -18,6 +20,7 @@ import pictures
 import runs
 import train
 from data import ImageData, inputs_and_targets
+from experiments.conditional import ConditionalVAE
 from measure import make_test_set
 from model import VAE, loss_criterion
 from tests.conftest import as_test_set, thinned
@@ -138,10 +141,17 @@ def test_evaluate_is_seeded(trained: VAE, digits: ImageData):
     again = evaluate.evaluate(trained, images, nll_samples=3, seed=4)
     assert torch.equal(first["per_image"].nll, again["per_image"].nll)
     assert first | {"per_image": None} == again | {"per_image": None}
-    assert first["nll"] != evaluate.evaluate(trained, images, nll_samples=3, seed=5)["nll"]
+    other = evaluate.evaluate(trained, images, nll_samples=3, seed=5)
+    for name in ("neg_elbo", "nll"):
+        assert first[name] != other[name]
     assert first["num_images"] == 50
     assert first["neg_elbo"] == pytest.approx(first["reconstruction"] + first["kl"])
     assert first["kl"] == pytest.approx(sum(first["kl_per_latent"]))
+    of_images = first["per_image"]
+    assert first["effective_samples"] == sorted(of_images.effective_samples.tolist())[24]
+    for name in ("neg_elbo", "nll"):
+        deviation = statistics.stdev(getattr(of_images, name).tolist())
+        assert first[f"{name}_se"] == pytest.approx(deviation / math.sqrt(50))
 
 
 def test_standard_error_is_that_of_the_images(trained: VAE, digits: ImageData):
@@ -152,6 +162,15 @@ def test_standard_error_is_that_of_the_images(trained: VAE, digits: ImageData):
         means = torch.tensor([figure[name] for figure in figures])
         predicted = torch.tensor([figure[f"{name}_se"] for figure in figures]).square().mean().sqrt()
         assert 0.5 < means.std() / predicted < 2
+
+
+def test_the_kl_of_every_latent_is_printed_largest_first(digits: ImageData, capsys: pytest.CaptureFixture):
+    model = VAE(784, 16, 13)
+    model.latent_z.mu.weight.data *= 10 * torch.rand(13, 1)
+    metrics = evaluate.evaluate(model, digits.test_images[:100], nll_samples=1)
+    evaluate.print_metrics(metrics, "a title")
+    printed = capsys.readouterr().out.partition("sorted:")[2].partition("nll")[0]
+    assert printed.split() == [f"{kl:.2f}" for kl in sorted(metrics["kl_per_latent"], reverse=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,6 +197,7 @@ def test_reconstructions_show_image_input_and_output(trained: VAE, digits: Image
     assert torch.equal(tiles[1], test_set.inputs[firsts, 0])
     torch.testing.assert_close(tiles[2].float(), trained.reconstruct(tiles[1].float()))
     assert "caption" in figure.axes[0].get_title()
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == digits.classes
     tiles = picture(pictures.draw_reconstructions(trained, make_test_set(digits, "none"), ""), 2)
     torch.testing.assert_close(tiles[1].float(), trained.reconstruct(images))
 
@@ -250,10 +270,13 @@ def test_labels_reach_the_pictures_and_the_metrics(digits: ImageData):
     start = (torch.arange(5) / 10).clamp(1e-4)
     end = torch.arange(5, 10) / 10
     torch.testing.assert_close(walks, torch.stack([start] * 5 + [end] * 6, 1))  # they change in the middle
-    metrics = evaluate.evaluate(model, digits.test_images, nll_samples=2, labels=digits.test_labels)
+    for weight in model.latent_z.parameters():
+        torch.nn.init.zeros_(weight)  # the posterior is the prior, so that every importance weight is p(x|y)
+    metrics = evaluate.evaluate(model, digits.test_images, nll_samples=20, labels=digits.test_labels)
     p = (digits.test_labels / 10).clamp(1e-4)[:, None]
     expected = -Bernoulli(p).log_prob(test_set.targets.flatten(1)).sum(1).mean().item()
     assert metrics["reconstruction"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["nll"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_colour_is_drawn_in_colour():
@@ -261,8 +284,9 @@ def test_colour_is_drawn_in_colour():
     picture = pictures.tile(images, 2, (3, 4, 5))
     assert picture.shape == (8, 15, 3)
     assert torch.equal(picture[4:, 5:10], images[4].permute(1, 2, 0))
-    shown = pictures.draw_tiles(images, 2, (3, 4, 5), "").axes[0].images[0].get_array()
-    torch.testing.assert_close(torch.tensor(shown), picture)
+    axes = pictures.draw_tiles(images, 2, (3, 4, 5), "", ["a", "b"], ["c", "d", "e"]).axes[0]
+    torch.testing.assert_close(torch.tensor(axes.images[0].get_array()), picture)
+    assert (axes.get_yticks().tolist(), axes.get_xticks().tolist()) == ([2, 6], [2.5, 7.5, 12.5])
 
 
 def test_manifold_is_the_priors_quantiles(trained: VAE, digits: ImageData):
@@ -275,6 +299,20 @@ def test_manifold_is_the_priors_quantiles(trained: VAE, digits: ImageData):
     labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert labels == ["-1.2", "-0.3", "0.3", "1.2"]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == labels[::-1]
+
+
+def test_manifold_of_another_prior_has_its_quantiles():
+    """Of each latent, without a formula, and decoded with the first label."""
+    model = ConditionalVAE(784, 10, hidden_size=16, latent_size=2).requires_grad_(False)
+    prior = Normal(torch.tensor([1.0, -5.0]), torch.tensor([1.0, 3.0]))
+    model.prior = lambda y: Independent(prior, 1)
+    images, (x, y) = pictures.decode_manifold(model, 4)
+    shares = torch.tensor([0.125, 0.375, 0.625, 0.875])[:, None]
+    quantiles = prior.icdf(shares)
+    torch.testing.assert_close(torch.tensor(x), quantiles[:, 0], atol=0.1, rtol=0)
+    torch.testing.assert_close(torch.tensor(y), quantiles[:, 1].flip(0), atol=0.3, rtol=0)
+    z = torch.tensor([(across, up) for up in y for across in x])
+    torch.testing.assert_close(images, model.decode(z, torch.zeros(16, dtype=torch.int64)))
 
 
 def test_latent_usage_sorts_the_kl(digits: ImageData):
@@ -293,6 +331,17 @@ def test_latent_usage_sorts_the_kl(digits: ImageData):
     assert "not active: 1" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
+def test_latent_usage_shows_which_latents_are_active():
+    """Those whose means vary. A latent with a large KL and the same mean for every image is not one of them."""
+    mu = torch.tensor([1.0, 0.0, 3.0, 1.0]) * torch.randn(100, 4)
+    kl = torch.tensor([[0.5, 4.0, 3.0, 0.001]]).expand(100, 4)
+    axes = pictures.draw_latent_usage(mu, kl, "").axes[0]
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert heights == {"active: 3": pytest.approx([3, 0.5, 0.001]), "not active: 1": [4]}
+    places = [bar.get_x() + bar.get_width() / 2 for bars in axes.containers for bar in bars]
+    assert places == pytest.approx([1, 2, 3, 0])
+
+
 @pytest.mark.parametrize("latent_size", [1, 2, 5])
 def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageData):
     vae, digits = VAE(784, 32, latent_size), replace(digits, classes=["_", "_1", *digits.classes[2:]])
@@ -308,11 +357,33 @@ def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageD
         variances = torch.linalg.eigvalsh(torch.cov(mu.T)).flip(0)
         torch.testing.assert_close(points.var(0), variances[:2], rtol=1e-3, atol=0)
         assert f"({variances[0] / variances.sum():.0%}" in axes.get_xlabel()
+        assert f"({variances[1] / variances.sum():.0%}" in axes.get_ylabel()
     assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == digits.classes
     colors = torch.tensor(axes.collections[0].get_facecolors())[:, :3]
-    for label in range(10):
-        assert len(colors[digits.test_labels == label].unique(dim=0)) == 1
+    for label, dot in enumerate(axes.get_legend().legend_handles):
+        (color,) = colors[digits.test_labels == label].unique(dim=0)
+        torch.testing.assert_close(color, torch.tensor(dot.get_facecolor())[0, :3])
     assert len(colors.unique(dim=0)) == 10
+
+
+def test_latent_space_has_crosses_of_the_same_colours(digits: ImageData):
+    """At the means of the training images that are shown too, each in its class's colour."""
+    test_set = few(make_test_set(digits, "none"), 20)
+    training = digits.train_labels[:300], torch.randn(300, 2)
+    axes = pictures.draw_latent_space(test_set, torch.randn(50, 2), "", training).axes[0]
+    crosses, points = axes.collections[:2]
+    torch.testing.assert_close(torch.tensor(crosses.get_offsets().data).float(), training[1])
+    of_crosses, of_points = (
+        {(label, *color) for label, color in zip(labels.tolist(), shown.get_facecolors().tolist(), strict=True)}
+        for labels, shown in ((training[0], crosses), (test_set.labels, points))
+    )
+    assert {color[:4] for color in of_crosses} == {color[:4] for color in of_points}
+    assert len(of_crosses) == len(of_points) == 10
+
+
+def test_many_classes_have_colours_of_their_own():
+    for number in (1, 10, 11, 60):
+        assert len(set(map(tuple, map(to_rgb, pictures.class_colors(number))))) == number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,6 +439,7 @@ def test_command(trained: VAE, digits: ImageData, tmp_path: Path, monkeypatch: p
     del expected["per_image"]
     assert metrics == expected | {"dataset": "mnist-5k", "hold_out": 0, "binarize": "threshold"}
     output = capsys.readouterr().out
+    assert "mnist-5k binarized by a threshold, 2 latents" in output
     assert f"{metrics['neg_elbo']:.2f} nats per image" in output
     assert f"{metrics['nll']:.2f} nats per image, standard error {metrics['nll_se']:.2f}" in output
 

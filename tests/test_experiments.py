@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,27 @@ def test_pseudo_inputs_start_as_training_images(digits: ImageData):
     assert all(tuple(image) in images for image in model.pseudo_inputs.tolist())
 
 
+def test_pseudo_inputs_are_images_however_far_they_are_learned():
+    model = vampprior.VampVAE(30, num_pseudo_inputs=7, hidden_size=16, latent_size=3)
+    z = torch.randn(4, 3)
+    model.pseudo_inputs.data = 3 * torch.randn(7, 30)
+    found = model.prior().log_prob(z)
+    model.pseudo_inputs.data.clamp_(0, 1)
+    torch.testing.assert_close(found, model.prior().log_prob(z))
+
+
+def test_a_convolutional_model_starts_as_a_shallow_one_with_narrow_posteriors():
+    """Blocks add nothing, and log-variances are around -4, with means that He's uniform law spreads (2015, eq. 10)."""
+    model = convolutional.ConvVAE(64, (1, 8, 8), width=4, hidden_size=200, latent_size=30)
+    block = convolutional.Block(4, "relu")
+    x = torch.rand(5, 4, 6, 6)
+    torch.testing.assert_close(block(x), x)
+    q = model.posterior(torch.rand(50, 1, 8, 8))
+    assert q.logvar.mean().item() == pytest.approx(-4, abs=0.1)
+    bound = math.sqrt(6 / 200)
+    assert 0.98 * bound < model.latent_z.mu.weight.abs().max() <= bound
+
+
 @pytest.mark.parametrize("shape", [(1, 12, 16), (3, 8, 12), (1, 7, 7), (3, 9, 14), (1, 1, 1)])
 def test_convolutions_take_images_and_z_of_any_shape(shape: tuple[int, int, int]):
     sizes = {"width": 2, "hidden_size": 8, "latent_size": 3, "encoder_layers": 2, "decoder_layers": 3}
@@ -94,6 +117,9 @@ def test_convolutions_take_images_and_z_of_any_shape(shape: tuple[int, int, int]
     x, z, size = torch.rand(5, *shape).round(), torch.randn(4, 5, 3), math.prod(shape)
     assert model(x)[0].shape == (5, size)
     torch.testing.assert_close(model.reconstruct(x).flatten(1), model.reconstruct(x.flatten(1)))
+    torch.testing.assert_close(model.encoder(x.flatten(1)), model.encoder[1:](x))  # rows are rows
+    pictures = model.decoder(z[0])[..., : shape[1], : shape[2]]
+    torch.testing.assert_close(model.decoder.logits(z[0]).view(5, *shape), pictures)
     means = model.decode(z)
     assert means.shape == (4, 5, size)
     torch.testing.assert_close(means[2, 3], model.decode(z[2, 3:4])[0])
@@ -116,6 +142,13 @@ def test_the_conditional_model_hears_its_labels():
     assert model.sample(6, y).shape == (6, 784)
     with pytest.raises(ValueError, match="labels"):
         model(x)
+
+
+def test_the_conditional_model_has_the_classes_of_its_data(digits: ImageData):
+    twelve = replace(digits, classes=list("abcdefghijkl"))
+    model = conditional.ConditionalVAE.for_data(twelve, train.make_options(hidden_size=8, latent_size=2))
+    assert model.sample(12, torch.arange(12)).shape == (12, 784)
+    assert model.config["num_classes"] == 12
 
 
 def test_the_right_labels_say_more_than_wrong_ones(digits: ImageData, tmp_path: Path, monkeypatch):
@@ -145,6 +178,29 @@ def call(monkeypatch: pytest.MonkeyPatch, name: str, *args: str | Path) -> None:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return runs.read_checkpoint(run)["training_weights"]
+
+
+@pytest.mark.parametrize(("name", "latents"), [("burda2016", 50), ("burda2016_two_layers", 150)])
+def test_the_experiments_of_burda_2016_train_as_in_the_paper(name: str, latents: int, monkeypatch: pytest.MonkeyPatch):
+    """Batches of 20, 3,280 epochs, a rate of 0.001 that falls in eight stages, and an epsilon of 10^-4 (section 5)."""
+    given = {}
+    monkeypatch.setattr(train, "main", lambda model, description, **how: given.update(how))
+    call(monkeypatch, name)
+    rate = given.pop("learning_rate")
+    options = train.make_options(**given)
+    found = [rate(done, options) for done in (0, 0.9, 1, 3.9, 4, 12.9, 13, 3279.9)]
+    assert found == pytest.approx([1e-3 * 10 ** (-stage / 7) for stage in (0, 0, 1, 1, 2, 2, 3, 7)])
+    assert (options.batch_size, options.epochs, options.adam_eps, options.average) == (20, 3280, 1e-4, False)
+    assert (options.hidden_size, options.latent_size, options.activation) == (200, latents, "tanh")
+
+
+def test_help_of_an_experiment_has_its_own_defaults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "convolutional", "--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option, default in (("--lr", 0.002), ("--kl-warmup", 5), ("--latent-size", 50), ("--batch-size", 128)):
+        assert re.search(rf"{option} [NX] [^(]*\(default: {default}", text.partition("data:")[2]), option
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,6 +12,7 @@ import evaluate
 import runs
 import train
 from data import ImageData, load_dataset
+from model import VAE
 from tests.conftest import thinned
 from tests.test_data import lay_out
 
@@ -71,6 +72,21 @@ def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tm
     for how in ({"hold_out": 0}, {"dataset": few_digits}):  # asked for, or a data set named
         metrics = evaluate.evaluate_run(run, nll_samples=1, **how)
         assert (metrics["hold_out"], metrics["neg_elbo"]) == (0, on_test_set)
+
+
+def test_an_experiment_reports_on_what_was_held_out(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    places = []
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    words = [f"--dataset={few_digits}", "--hold-out=60", "--nll-samples=1", "--data-dir=elsewhere", *options]
+    words.append(f"--out-dir={tmp_path}")
+    monkeypatch.setattr(sys, "argv", ["mine.py", *words])
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: places.append(args[1]) or load_dataset(*args))
+    train.main(VAE, report=lambda model, data: seen.append(data))
+    assert set(places) == {"elsewhere"}
+    held = load_dataset(str(few_digits), hold_out=60)
+    assert torch.equal(seen[0].test_images, held.test_images)
 
 
 def test_images_of_ones_own(digits: ImageData, tmp_path: Path):

@@ -176,6 +176,15 @@ def test_effective_samples_are_those_of_the_weights(few: ImageData, monkeypatch:
     assert torch.allclose(effective_samples, weights.sum(0) ** 2 / (weights**2).sum(0))
 
 
+def test_a_model_is_measured_without_dropout_and_goes_on_with_it(few: ImageData):
+    model = VAE(784, 16, 2)
+    model.encoder = nn.Sequential(model.encoder, nn.Dropout())
+    found = [measure.evaluate(model.train(mode), few.test_images, nll_samples=2) for mode in (False, True)]
+    for name in ("neg_elbo", "nll"):
+        assert found[0][name] == found[1][name]
+    assert model.encoder[1].training
+
+
 def test_a_collapsed_posterior_is_explained(few: ImageData, capsys: pytest.CaptureFixture):
     model = VAE(784, 16, 2)
     for layer in (model.latent_z.mu, model.latent_z.logvar):
@@ -203,6 +212,40 @@ def test_the_averaged_model_keeps_what_its_layers_promise(few: ImageData, option
     model, _, _ = train.train(many, SpectralVAE, **options | {"epochs": 4}, lr=1e-2)
     for layer in model.encoder.children():
         assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() == pytest.approx(1, abs=1e-3)
+
+
+class Watching(VAE):
+    """Adds up how far the targets' pixels are from their labels."""
+
+    def __init__(self):
+        super().__init__(9, 4, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("off", torch.zeros(()))
+
+    def elbo_terms(self, x: Tensor, targets: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.seen += len(x)
+        self.off += (targets - y[:, None]).abs().sum()
+        return super().elbo_terms(x, targets, y)
+
+
+def test_buffers_settle_on_binarized_images_and_their_labels():
+    labels = torch.arange(50) % 2
+    images = (200 * labels)[:, None].expand(50, 9).byte()
+    model = Watching()
+    options = train.make_options(batch_size=8, binarize="threshold")
+    train.settle_buffers(model, Watching(), images, labels, options, batches=5)
+    assert (model.seen, model.off) == (40, 0)
+
+
+def test_an_average_takes_buffers_as_they_are():
+    """A mean of weights is wanted, but a mean of unit vectors, say, is none."""
+    trained = Watching()
+    trained.seen.fill_(7)
+    average = Watching()
+    expected = 0.6 * average.decoder.fc2.bias + 0.4 * trained.decoder.fc2.bias
+    train.update_average(average, trained, count=15)
+    assert average.seen == 7
+    torch.testing.assert_close(average.decoder.fc2.bias, expected)
 
 
 def test_a_count_in_a_buffer_is_the_trained_models(few: ImageData, options: dict):
@@ -462,9 +505,14 @@ def test_a_file_is_not_called_damaged_for_want_of_memory_or_of_a_right(problem, 
 def test_few_test_images_are_shown_beside_training_images(few: ImageData, options: dict, monkeypatch, tmp_path: Path):
     shown = {}
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: shown.update({path.name: figure}))
-    _, _, run = train.train(few, **options)
+    model, _, run = train.train(few, **options, binarize="threshold")
     evaluate.evaluate_run(run, dataset=few, nll_samples=1)
     axes = shown["latent_space.png"].axes[0]
     points = [len(points.get_offsets()) for points in axes.collections[:2]]
     assert points == [100, 20]
     assert axes.collections[1].get_sizes().min() > 20
+    _, _, mu = model.requires_grad_(False).encode(few.train_images / 255)
+    crosses = axes.collections[0]
+    torch.testing.assert_close(torch.tensor(crosses.get_offsets().data).float(), mu, atol=1e-4, rtol=1e-4)
+    colors = set(zip(few.train_labels.tolist(), map(tuple, crosses.get_facecolors()), strict=True))
+    assert len(colors) == 10

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 
 import evaluate
 import pictures
@@ -716,6 +717,21 @@ def test_command_writes_the_explorer(
     runs.save_checkpoint(tmp_path / "vampprior.pt", vamp)
     assert "prior" in fails(make.main, tmp_path / "vampprior.pt")
     assert not (tmp_path / "vampprior").exists()
+
+
+@pytest.mark.parametrize("latent_size", [2, 6])
+def test_the_latents_come_in_the_order_of_their_kl(latent_size: int, few: ImageData):
+    """But two are the axes of a map, and keep their places."""
+    torch.manual_seed(0)
+    model = VAE(hidden_size=16, latent_size=latent_size)
+    model.latent_z.mu.weight.data[1] *= 5
+    content = make.make_explorer(model, few, "")
+    order = json.loads(re.search(r'"order":(\[[\d,]*\])', content)[1])
+    _, logvar, mu = model.encode(few.test_images / 255)
+    kl = kl_divergence(Normal(mu, torch.exp(0.5 * logvar)), Normal(0, 1)).mean(0)
+    largest_first = sorted(range(latent_size), key=lambda latent: -kl[latent])
+    assert largest_first[0] == 1
+    assert order == ([0, 1] if latent_size == 2 else largest_first)
 
 
 def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_path: Path, monkeypatch):

@@ -101,6 +101,21 @@ def test_ten_images_of_each_class_are_labelled(few: ImageData):
     labels = {tuple(x): y for x, y in zip(few.train_images.flatten(1).tolist(), few.train_labels.tolist(), strict=True)}
     assert [labels[tuple(x)] for x in chosen] == [y for y in range(10) for _ in range(10)]
     assert len(set(map(tuple, chosen))) == 100
+    threes = few.train_images[few.train_labels == 3].flatten(1).tolist()
+    assert chosen[30:40] == threes[:10]
+
+
+def test_labelled_images_are_binarized_anew_in_every_step(model: SemiSupervisedVAE, monkeypatch: pytest.MonkeyPatch):
+    model.labelled.copy_(torch.arange(0, 270).view(30, 9).clamp(max=255))
+    seen = []
+    elbo_terms = model.elbo_terms
+    monkeypatch.setattr(model, "elbo_terms", lambda x, *args: seen.append(x) or elbo_terms(x, *args))
+    x = torch.rand(4, SIZE).round()
+    for _ in range(100):
+        model.loss(x, x)
+    drawn = torch.stack(seen[1::2])
+    assert set(drawn.unique().tolist()) == {0, 1}
+    torch.testing.assert_close(drawn.mean(0), model.labelled / 255, atol=0.25, rtol=0)
 
 
 def test_other_labels_change_nothing(few: ImageData, tmp_path: Path):
@@ -124,6 +139,8 @@ def test_images_without_labels_help(few: ImageData, tmp_path: Path, capsys: pyte
     model, _, _ = train.train(few, SemiSupervisedVAE, **options, activation="silu", out_dir=tmp_path)
     semi_supervised.report(model, few)
     ours, alone = errors(capsys)
+    is_wrong = model.eval().classifier(few.test_images / 255).argmax(1) != few.test_labels
+    assert ours == pytest.approx(100 * is_wrong.float().mean().item())
     assert ours < alone - 2
     assert alone < 45
 

@@ -28,6 +28,7 @@ from tests.conftest import thinned
 from utils import UserError
 
 SMALL = {"dataset": "mnist-5k", "hidden_size": 16, "latent_size": 3, "batch_size": 500, "device": "cpu"}
+draw = train.draw
 SMALL_ARGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 
@@ -167,6 +168,17 @@ def test_schedules_go_on_within_an_epoch():
     torch.testing.assert_close(torch.stack([rates for *_, rates in seen]), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
+def test_a_schedule_of_ones_own_reaches_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A rate of 0 from the second epoch on leaves the weights of the first."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL_ARGS, "--epochs=2", "--lr=0.01", f"--out-dir={tmp_path}"])
+    train.main(learning_rate=lambda done, options: options.lr if done < 1 else 0.0)
+    _, _, once = train.train(**SMALL, epochs=1, lr=0.01, out_dir=tmp_path)
+    weights = saved(once)["training_weights"]
+    stopped = saved(tmp_path / "001-mnist-5k-z3")
+    assert stopped["epoch"] == 2
+    assert all(torch.equal(value, weights[name]) for name, value in stopped["training_weights"].items())
+
+
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "sizes"),
     [(11, 5, [5, 6]), (12, 5, [5, 5, 2]), (3, 1, [1, 1, 1]), (4, 9, [4]), (37, 2, [2] * 17 + [3])],
@@ -178,6 +190,24 @@ def test_a_last_batch_of_one_joins_the_one_before(num_images: int, batch_size: i
     _, numbers, _ = zip(*epochs_seen(images, [1], options), strict=True)
     assert [len(batch) for batch in numbers] == sizes
     assert torch.cat(numbers).sort().values.tolist() == list(range(num_images))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "sizes"), [(25, 10, [10, 15]), (26, 10, [10, 10, 6]), (10, 3, [3, 3, 4])]
+)
+def test_a_last_batch_gives_every_process_two(num_images: int, batch_size: int, sizes: list[int], monkeypatch):
+    """Or joins the batch before. Three processes share what one would have taken."""
+    options = train.make_options(batch_size=batch_size, precision="highest", binarize="threshold")
+    images = torch.zeros(num_images, 4, dtype=torch.uint8)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(train, "rank_and_ranks", lambda rank=rank: (rank, 3))
+        _, numbers, _ = zip(*epochs_seen(images, [1], options), strict=True)
+        shares.append(numbers)
+    batches = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+    assert [len(batch) for batch in batches] == sizes
+    assert torch.cat(batches).sort().values.tolist() == list(range(num_images))
+    assert batch_size < 6 or min(len(share) for numbers in shares for share in numbers) >= 2
 
 
 def take_same_steps(ours: train.Adam, theirs: torch.optim.Adam, steps: int) -> None:
@@ -479,6 +509,18 @@ def test_pictures_at_powers_of_two_and_the_end(seconds: float, expected: list[in
     assert drawn == expected
 
 
+def test_captions_say_after_which_epoch_pictures_were_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    captions = []
+    clock = iter(range(0, 10**6, 11))
+    monkeypatch.setattr(train, "draw", draw)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train.pictures, "draw_curves", lambda history, caption: captions.append(caption))
+    for name in ("draw_reconstructions", "draw_prior_samples", "save_figure"):
+        monkeypatch.setattr(train.pictures, name, lambda *args: None)
+    train.train(**SMALL, epochs=3, out_dir=tmp_path)
+    assert captions == [f"mnist-5k binarized by sampling, 3 latents, epoch {epoch}" for epoch in (1, 2, 3)]
+
+
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_curves_show_the_history(epochs: int):
     columns = ("train_loss", "test_loss", "test_reconstruction", "test_kl")
@@ -496,6 +538,17 @@ def test_default_epochs_follow_the_data_set(digits: ImageData):
     assert options.resolve(replace(digits, name="mnist")).epochs == 20
 
 
+def test_what_a_run_says_first(tmp_path: Path, capsys: pytest.CaptureFixture):
+    _, _, run = train.train(**SMALL, epochs=1, out_dir=tmp_path)
+    encoder = (784 + 1) * 16 + (16 + 1) * 16 + 2 * (16 + 1) * 3
+    decoder = (3 + 1) * 16 + (16 + 1) * 784
+    says = f"mnist-5k: 1,000 training images of 1 x 28 x 28; {encoder + decoder:,} weights on cpu; writing to {run}, "
+    says += "which --resume continues"
+    assert capsys.readouterr().out.startswith(f"{says}\n")
+    train.resume(run, epochs=2)
+    assert capsys.readouterr().out.startswith(f"{says} after epoch 1\n")
+
+
 def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
     _, (row,), _ = train.train(**SMALL, epochs=1, out_dir=tmp_path)
     assert row["images_per_second"] * row["seconds"] == pytest.approx(1000)
@@ -503,6 +556,24 @@ def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
     told = [float(word.replace(",", "")) for word in re.findall(r"[\d,]+\.?\d*", line.removeprefix("epoch 1/1"))]
     names = ("train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second")
     assert told == pytest.approx([row[name] for name in names], rel=1e-3, abs=0.5)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_train_loss_is_the_mean_over_the_images(mirror: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the losses of all steps, the last of which has fewer images. A mirror image counts as one."""
+    sums = []
+    train_epoch = train.train_epoch
+
+    def recorded(*args: object) -> torch.Tensor:
+        neg_elbos = train_epoch(*args)
+        sums.append(sum(neg_elbos.tolist()))
+        return neg_elbos
+
+    monkeypatch.setattr(train, "train_epoch", recorded)
+    _, history, _ = train.train(**SMALL | {"batch_size": 300}, epochs=2, mirror=mirror, out_dir=tmp_path)
+    num_images = 2000 if mirror else 1000
+    assert [row["train_loss"] for row in history] == pytest.approx([total / num_images for total in sums])
+    assert [row["images_per_second"] * row["seconds"] for row in history] == pytest.approx([num_images] * 2)
 
 
 def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate
@@ -17,7 +18,7 @@ import train
 from benchmarks import outliers
 from data import ImageData
 from evaluate import sample_images
-from experiments import conditional, vampprior
+from experiments import conditional, convolutional, vampprior
 from measure import make_test_set
 from model import VAE, DiagonalNormal
 from tests.conftest import thinned
@@ -84,6 +85,40 @@ def test_samples_of_one_class(few: ImageData, tmp_path: Path, call: Callable, fa
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        conditional.ConditionalVAE(36, 10, hidden_size=16, latent_size=3),
+        convolutional.ConvVAE(36, (1, 4, 9), width=2, hidden_size=16, latent_size=3),
+    ],
+    ids=["classes", "shape"],
+)
+def test_samples_of_a_file_with_nothing_but_a_model(model: VAE, tmp_path: Path, call: Callable):
+    """Its config tells how many classes there are to draw in turn, and the shape of images that are not square."""
+    checkpoint = {"model": model.config, "model_state_dict": model.state_dict(), "class": runs.class_name(type(model))}
+    runs.save_checkpoint(tmp_path / "mine.pt", checkpoint)
+    call(tmp_path / "mine.pt", "--samples", 12)
+    torch.manual_seed(0)
+    expected = model.decode(torch.randn(12, 3), torch.arange(12) % 10)
+    pictures = read(tmp_path / "mine" / "samples")
+    assert pictures.shape[1:] == model.config.get("shape", (1, 6, 6))[1:]
+    assert (pictures.flatten(1) - 255 * expected).abs().max() <= 0.51
+
+
+def test_samples_in_colour_that_are_not_square(tmp_path: Path, call: Callable):
+    images = torch.randint(0, 256, (20, 3, 4, 6), dtype=torch.uint8)
+    labels = torch.zeros(20, dtype=torch.int64)
+    wide = ImageData("wide", ["all"], images, labels, images, labels)
+    model, _, run = train.train(wide, **QUICK, out_dir=tmp_path)
+    model.log_scale.data[:] = torch.tensor([-7.0, 0.0, 2.0])  # so that channels differ
+    checkpoint = runs.read_checkpoint(run)
+    runs.save_checkpoint(run / "checkpoint.pt", checkpoint | {"model_state_dict": model.state_dict()})
+    call(run, "--samples", 5)
+    torch.manual_seed(0)
+    expected = model.decode(torch.randn(5, 3)).view(5, 3, 4, 6).permute(0, 2, 3, 1)
+    assert (read(run / "samples") - 255 * expected).abs().max() <= 0.51
+
+
 def test_temperature(fails: Callable, tmp_path: Path):
     model, y = VAE(49, 16, 2).requires_grad_(False), torch.zeros(500, dtype=torch.int64)
     coldest = sample_images(model, y, temperature=1e-6)
@@ -117,6 +152,53 @@ def test_traversals_move_one_latent_at_a_time():
         torch.testing.assert_close(images[i : i + 1], model.decode(moved), atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture
+def conditional_model() -> VAE:
+    return conditional.ConditionalVAE(784, 10, hidden_size=16, latent_size=3).requires_grad_(False)
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
+    """The images and the labels of rows and columns of every picture that is drawn."""
+    drawn = []
+
+    def draw_tiles(images: torch.Tensor, rows: int, shape: tuple, title: str, *labels: list[str]) -> Figure:
+        drawn.append((images.flatten(1), *labels))
+        figure = Figure()
+        figure.add_subplot()
+        return figure
+
+    monkeypatch.setattr(pictures, "draw_tiles", draw_tiles)
+    return drawn
+
+
+@pytest.mark.parametrize(("has_closed_form", "order"), [(True, [1, 2, 0]), (False, [2, 0, 1])])
+def test_traversals_begin_with_the_latent_that_is_used_most(has_closed_form, order, few, conditional_model, tiles):
+    """By its KL, or else by how its means vary. All are around the first test image, with its label."""
+    test_set = make_test_set(few, "none")
+    mu = torch.randn(100, 3) * torch.tensor([2.0, 1.0, 3.0]) + torch.tensor([0.0, 50.0, 1.0])
+    kl = torch.tensor([[0.1, 3.0, 2.0]]).expand(100, 3) if has_closed_form else None
+    pictures.draw_traversals(conditional_model, test_set, mu, kl, "")
+    images, rows, columns = tiles[0]
+    assert rows == [f"latent {latent + 1}" for latent in order]
+    assert columns == ["-3", "-2", "-1", "0", "1", "2", "3"]
+    for place, image in enumerate(images):
+        z = mu[:1].clone()
+        z[0, order[place // 7]] = place % 7 - 3
+        torch.testing.assert_close(image[None], conditional_model.decode(z, few.test_labels[:1]), atol=1e-5, rtol=1e-4)
+
+
+def test_the_least_likely_are_reconstructed_with_their_labels(few: ImageData, conditional_model: VAE, tiles: list):
+    test_set = make_test_set(few, "none")
+    nll = torch.rand(100)
+    pictures.draw_least_likely(conditional_model, test_set, nll, "")
+    images, *_ = tiles[0]
+    worst = sorted(range(100), key=lambda i: -nll[i])[:10]
+    x = few.test_images[worst].flatten(1) / 255
+    expected = torch.cat([x, conditional_model.reconstruct(x, few.test_labels[worst])])
+    torch.testing.assert_close(images, expected)
+
+
 def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     images = few.test_images.clone()
     images[7] = 255 - images[7]  # nothing like the others
@@ -135,8 +217,9 @@ def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Pat
 
 
 def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypatch: pytest.MonkeyPatch):
-    for options in ({}, {"lr": 0.003}, {"lr": 0.003, "seed": 1}):
-        train.train("mnist-5k", **QUICK | options, out_dir=tmp_path)
+    changes = ({}, {"lr": 0.003}, {"seed": 1, "model": conditional.ConditionalVAE})
+    for change in changes:
+        train.train("mnist-5k", **QUICK | change, out_dir=tmp_path)
     folders = sorted(tmp_path.iterdir())
     figures = []
     save = pictures.save_figure
@@ -145,10 +228,17 @@ def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypa
     assert (tmp_path / "pictures" / "compared.png").stat().st_size > 10_000
     (legend,) = figures[0].legends
     names = [text.get_text() for text in legend.get_texts()]
-    ends = ("lr 0.0015, seed 0", "lr 0.003, seed 0", "lr 0.003, seed 1")
+    ends = (
+        "lr 0.0015, seed 0, class VAE",
+        "lr 0.003, seed 0, class VAE",
+        "lr 0.0015, seed 1, class ConditionalVAE",
+    )
     assert names == [f"{run.name}: {end}" for run, end in zip(folders, ends, strict=True)]
     history = runs.read_checkpoint(folders[1])["history"]
-    assert figures[0].axes[0].lines[1].get_ydata().tolist() == [row["test_loss"] for row in history]
+    shown = {"loss": "test_loss", "reconstruction": "test_reconstruction", "KL": "test_kl"}
+    for axes, (title, name) in zip(figures[0].axes, shown.items(), strict=True):
+        assert axes.get_title() == title
+        assert axes.lines[1].get_ydata().tolist() == [row[name] for row in history]
     assert "no history" in fails(
         evaluate.main, "--compare", folders[0], Path(evaluate.__file__).parent / "weights/2d.pt"
     )
@@ -231,3 +321,49 @@ def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
     gray = measure.measure_all(model, few.test_images, few.test_labels, "none", 3)
     assert gray.nll is None
     assert gray.neg_elbo.shape == whole.nll.shape
+
+
+def test_every_batch_has_draws_of_its_own(few: ImageData):
+    """The same images twice, in two batches, are told apart by the noise in z alone."""
+    images = few.test_images[:20].repeat(2, 1, 1, 1)
+    labels = few.test_labels[:20].repeat(2)
+    found = measure.measure_all(VAE(784, 16, 3), images, labels, "threshold", 3, batch_size=20)
+    assert torch.equal(*found.mu.split(20))
+    for values in (found.reconstruction, found.nll):
+        first, second = values.split(20)
+        assert (first != second).float().mean() > 0.9
+
+
+def test_encoding_what_a_run_would_hold_out(few: ImageData, tmp_path: Path, call: Callable, monkeypatch):
+    """Images, labels and draws are those that --hold-out and --seed ask for, and the model hears the labels."""
+    model, _, run = train.train("mnist-5k", conditional.ConditionalVAE, **QUICK, out_dir=tmp_path)
+    held = few.hold_out(30)
+    places = []
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: places.append(args[1]) or few.hold_out(args[3]))
+    words = ["--data-dir", tmp_path, "--hold-out", 30, "--seed", 7, "--nll-samples", 4]
+    call(run, "--save", tmp_path / "held.npz", *words)
+    assert places == [str(tmp_path)]
+    arrays = np.load(tmp_path / "held.npz")
+    assert arrays["label"].tolist() == [str(label) for label in held.test_labels.tolist()]
+    mu = model.posterior(make_test_set(held, "dynamic").inputs, held.test_labels).mean.detach()
+    torch.testing.assert_close(torch.from_numpy(arrays["mu"]), mu, atol=1e-5, rtol=1e-4)
+    found, other = (
+        evaluate.evaluate(model, held.test_images, nll_samples=4, seed=seed, labels=held.test_labels)["per_image"]
+        for seed in (7, 0)
+    )
+    assert arrays["nll"] == pytest.approx(found.nll.numpy())
+    assert arrays["effective_samples"] == pytest.approx(found.effective_samples.numpy())
+    assert arrays["nll"] != pytest.approx(other.nll.numpy())
+
+
+def test_colour_is_encoded_in_gray_by_a_gray_model(few: ImageData, tmp_path: Path, call: Callable):
+    _, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
+    red, green, blue = few.test_images[:60].view(3, 20, 28, 28).numpy()
+    gray = (0.299 * red + 0.587 * green + 0.114 * blue).round().astype(np.uint8)
+    found = []
+    for name, images in (("colour", np.stack([red, green, blue], -1)), ("gray", gray)):
+        np.savez(tmp_path / f"{name}.npz", images=images)
+        codes = tmp_path / f"{name}-codes.npz"
+        call(run, "--save", codes, "--dataset", tmp_path / f"{name}.npz", "--binarize", "none")
+        found.append(np.load(codes)["mu"])
+    assert np.abs(found[0] - found[1]).max() < 0.01
