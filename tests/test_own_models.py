@@ -190,8 +190,11 @@ def test_a_collapsed_posterior_is_explained(few: ImageData, capsys: pytest.Captu
     for layer in (model.latent_z.mu, model.latent_z.logvar):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    evaluate.print_metrics(measure.evaluate(model, few.test_images, nll_samples=5), "a title")
+    metrics = measure.evaluate(model, few.test_images, nll_samples=5)
+    evaluate.print_metrics(metrics, "a title")
     assert "collapsed" in capsys.readouterr().out
+    evaluate.print_metrics(metrics | {"active_units": 1}, "a title")
+    assert "collapsed" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,9 @@ def test_temperature(fails: Callable, tmp_path: Path):
     torch.manual_seed(3)
     expected = model.decode(0.5 * torch.randn(500, 2))
     torch.testing.assert_close(sample_images(model, y, 0.5, seed=3), expected)
+    model.prior = lambda y: DiagonalNormal(torch.tensor([1.0, -2.0]), torch.zeros(2))
+    of_mean = model.decode(torch.tensor([1.0, -2.0])).expand(500, 49)
+    torch.testing.assert_close(sample_images(model, y, temperature=1e-6), of_mean, atol=1e-4, rtol=0)
     _, _, run = train.train("mnist-5k", vampprior.VampVAE, **QUICK, out_dir=tmp_path)
     assert "normal prior" in fails(evaluate.main, run, "--samples", 2, "--temperature", 0.5)
 
@@ -351,6 +354,7 @@ def test_encoding_what_a_run_would_hold_out(few: ImageData, tmp_path: Path, call
         evaluate.evaluate(model, held.test_images, nll_samples=4, seed=seed, labels=held.test_labels)["per_image"]
         for seed in (7, 0)
     )
+    assert arrays["neg_elbo"] == pytest.approx(found.neg_elbo.numpy())
     assert arrays["nll"] == pytest.approx(found.nll.numpy())
     assert arrays["effective_samples"] == pytest.approx(found.effective_samples.numpy())
     assert arrays["nll"] != pytest.approx(other.nll.numpy())
