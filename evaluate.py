@@ -336,7 +336,8 @@ def compare_runs(folders: list[str], out_dir: str | Path) -> Path:
         checkpoint.get("options", {}) | {"class": checkpoint.get("class", "VAE").rpartition(".")[2]}
         for checkpoint in checkpoints
     ]
-    different = [name for name in options[0] if any(other.get(name) != options[0][name] for other in options)]
+    names = dict.fromkeys(name for given in options for name in given)
+    different = [name for name in names if any(given.get(name) != options[0].get(name) for given in options)]
     histories = []
     for path, checkpoint, given in zip(paths, checkpoints, options, strict=True):
         if not checkpoint.get("history"):

@@ -420,6 +420,8 @@ def reopen_run(
 def load(dataset: str | Path | ImageData | None, options: Options) -> ImageData:
     """The data set given, or the options' own, with the images held out that the options say."""
     if isinstance(dataset, ImageData):
+        if options.grayscale or options.image_size:
+            raise UserError("--grayscale and --image-size are for a data set that is read, not for ImageData")
         return dataset.hold_out(options.hold_out or dataset.num_held_out)
     channels = 1 if options.grayscale else None
     name = str(dataset or options.dataset)

@@ -470,6 +470,12 @@ def test_samples_need_no_data(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 # Data
 
 
+@pytest.mark.parametrize("wrong", [{"grayscale": True}, {"image_size": 14}])
+def test_options_of_reading_are_refused_for_images_that_are_there(wrong: dict, few: ImageData, options: dict):
+    with pytest.raises(UserError, match="ImageData"):
+        train.train(few, **options, **wrong)
+
+
 def test_a_run_refuses_other_labels(few: ImageData, options: dict):
     _, _, run = train.train(few, **options)
     shifted = replace(few, train_labels=(few.train_labels + 1) % 10)
