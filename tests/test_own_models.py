@@ -147,17 +147,17 @@ def test_few_effective_samples_mark_an_nll_that_is_too_high(small: ImageData):
     log_joint = model.likelihood(z).log_prob(test_set.targets.flatten(1)) + model.prior().log_prob(z)
     exact = -log_joint.detach().logsumexp(0) - 2 * math.log(axis[1] - axis[0])
     found = {}
-    for name, logvar in (("narrow", -7.0), ("wide", 0.5)):
+    for name, logvar in (("narrow", -4.0), ("wide", 0.5)):
         nn.init.zeros_(model.latent_z.logvar.weight)
         nn.init.constant_(model.latent_z.logvar.bias, logvar)
         nll, effective_samples = measure.estimate_nll(model, test_set, 10_000)
         found[name] = nll - exact, effective_samples
     error, effective_samples = found["narrow"]
-    assert error.max() > 0.5
-    assert effective_samples[error.argmax()] < 1000
+    assert error.mean() > 1
+    assert effective_samples.median() < 100
     error, effective_samples = found["wide"]
-    assert error.abs().max() < 0.15
-    assert effective_samples.min() > found["narrow"][1].max()
+    assert error.abs().max() < 0.05
+    assert effective_samples.min() > 1000
 
 
 def test_effective_samples_are_those_of_the_weights(few: ImageData, monkeypatch: pytest.MonkeyPatch):
