@@ -23,15 +23,42 @@ train.draw = lambda *args: None
 """  # pictures that are sooner rendered
 
 
-def test_there_are_three():
-    assert [path.stem for path in NOTEBOOKS] == ["train_and_eval", "understanding_the_loss", "visualizing_manifold"]
+def test_there_are_four():
+    names = ["completing_digits", "train_and_eval", "understanding_the_loss", "visualizing_manifold"]
+    assert [path.stem for path in NOTEBOOKS] == names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_ends_with_three_exercises(path: Path):
+    """Each question is followed by code that answers it, which JupyterLab folds away with what it shows."""
+    *_, first, _, second, _, third, _ = cells = nbformat.read(path, as_version=4).cells
+    assert "\n\n**1.** " in first.source
+    assert second.source.startswith("**2.** ")
+    assert third.source.startswith("**3.** ")
+    assert [cell.source.split("\n")[0] for cell in cells].count("## Exercises") == 1
+    assert first.source.startswith("## Exercises\n")
+    answers = [cell for cell in cells if "answer" in cell.metadata.get("tags", ())]
+    assert answers == cells[-5::2]
+    for answer in answers:
+        assert answer.cell_type == "code"
+        assert answer.metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
+        assert answer.outputs
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_show_no_warnings_and_no_places(path: Path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", cell.source
+            text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            assert not re.search(r"/tmp|/home|/root|/Users|[A-Z]:\\|images/s", text), cell.source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path: Path, digits: ImageData, tmp_path: Path):
     """In a kernel of its own, on few digits and for one epoch: a line of each notebook decides how many.
 
-    Every cell shows what its stored outputs show, be it text or a picture.
+    Every cell, be it an answer to an exercise or another, shows what its stored outputs show: text or a picture.
     """
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
