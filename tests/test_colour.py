@@ -22,7 +22,7 @@ from experiments.conditional import ConditionalVAE
 from model import VAE
 
 SMALL = ["--epochs=2", "--hidden-size=16", "--latent-size=3", "--batch-size=50", "--device=cpu"]
-DRAWN = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage"}
+DRAWN = {"curves", "reconstructions", "prior_samples", "completions", "interpolations", "latent_space", "latent_usage"}
 DRAWN |= {"traversals", "least_likely"}
 
 

@@ -104,7 +104,15 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
     assert len(codes["name"]) == metrics["num_images"]
     assert all((folder / name).is_file() for name in codes["name"])
     assert [name.split("/")[0] for name in codes["name"]] == codes["label"].tolist()
-    drawn = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "latent_usage"}
+    drawn = {
+        "curves",
+        "reconstructions",
+        "prior_samples",
+        "completions",
+        "interpolations",
+        "latent_space",
+        "latent_usage",
+    }
     assert pictures(made) == drawn | {"traversals", "least_likely"}
 
     monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())  # it takes most of the time
@@ -166,7 +174,7 @@ def test_very_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw
     text = (tmp_path / "runs" / "001-few-z3" / "metrics.json").read_text()
     assert json.loads(text)["num_images"] == 2
     assert "NaN" not in text
-    assert len(drawn) == 7
+    assert len(drawn) == 8
 
 
 def test_few_pictures_whose_names_would_all_be_for_testing(tmp_path: Path):
@@ -314,7 +322,7 @@ def test_names_that_are_not_utf_8_or_have_signs_of_formulas(tmp_path: Path, monk
     run(monkeypatch, train.main, "--resume", made, "--epochs=3")
     run(monkeypatch, evaluate.main, made, "--nll-samples=2")
     capsys.readouterr().out.encode()
-    assert len(pictures(made)) == 8
+    assert len(pictures(made)) == 9
     assert sorted(load_dataset(str(root)).classes) == [r"\xe9t\xe9", r"b$\foo$"]
     (root / os.fsdecode(b"\xe9t\xe9") / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"\\xff\.png is damaged") as error:
@@ -428,7 +436,7 @@ def test_classes_of_one_picture(classes: dict[str, int], tmp_path: Path, monkeyp
     run(monkeypatch, train.main, "--dataset", tmp_path / "mine", *args)
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
     assert "NaN" not in (tmp_path / "runs" / "001-mine-z3" / "metrics.json").read_text()
-    assert len(drawn) == 7
+    assert len(drawn) == 8
 
 
 @pytest.mark.parametrize("counts", [(9, 1), (1, 9), (1, 1)])
@@ -461,7 +469,7 @@ def test_an_npz_file(labels: np.ndarray | None, tmp_path: Path, monkeypatch, dra
     args = [*SMALL, "--latent-size=3", "--out-dir", tmp_path / "runs"]
     run(monkeypatch, train.main, "--dataset", tmp_path / "mine.npz", *args)
     run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
-    assert len(drawn) == 7
+    assert len(drawn) == 8
 
 
 @pytest.mark.parametrize(
