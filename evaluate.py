@@ -162,7 +162,8 @@ def evaluate_run(
     training = None
     if len(data.test_images) < FEW_IMAGES:  # too few to show a latent space
         chosen = slice(10 * FEW_IMAGES)
-        images, labels = data.train_images[chosen].to(device), data.train_labels[chosen].to(device)
+        images = data.train_images[chosen].to(device)
+        labels = data.train_labels[chosen].to(device)
         training = labels, encode(model, to_test_set(images, labels, opened.binarize)).mu
     for name, figure in draw_all(model, test_set, metrics["per_image"], caption, training):
         save_figure(figure, opened.out_dir / name)
@@ -216,10 +217,14 @@ def save_encoded(
     model = opened.model
     if dataset is None or dataset in DATASETS:
         data = opened.test_data(dataset, data_dir, hold_out)
-        images, y, classes, names = data.test_images, data.test_labels, data.classes, data.test_names
+        images = data.test_images
+        y = data.test_labels
+        classes = data.classes
+        names = data.test_names
     else:
         pictures = read_pictures(Path(dataset), opened.image_size, model.config["channels"])
-        images, names = pictures.images, pictures.names
+        images = pictures.images
+        names = pictures.names
         classes, y = np.unique(pictures.labels, return_inverse=True)
         y = torch.from_numpy(y).long()
         if images[0].numel() != model.config["input_size"]:
@@ -269,7 +274,6 @@ def write_samples(opened: OpenedRun, n: int, label: str | None = None, **draws: 
     return write_images(opened, "samples", sample_images(opened.model, y, **draws))
 
 
-@torch.no_grad()
 def write_completions(
     opened: OpenedRun, path: str | Path, n: int, label: str | None = None, draw_pixels: bool = False, seed: int = 0
 ) -> Path:
@@ -378,7 +382,8 @@ def make_parser() -> utils.ArgumentParser:
         "--save",
         metavar="FILE.npz",
         type=Path,
-        help="write mu, logvar, label, neg_elbo and nll of each test image; of all images, if --dataset is a path",
+        help="write mu, logvar, neg_elbo, nll, effective_samples and label of each test image, or of all images if "
+        "--dataset is a path",
     )
     add("--samples", type=utils.count, help="write as many images from the prior into a folder called samples")
     add("--complete", metavar="PICTURE", help="with --samples: fill in this picture's transparent pixels instead")

@@ -56,7 +56,7 @@ class TestSet:
         return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs, targets and labels of `size` images after another."""
+        """Inputs, targets and labels, `size` images at a time."""
         return zip(self.inputs.split(size), self.targets.split(size), self.labels.split(size), strict=True)
 
 

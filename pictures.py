@@ -308,7 +308,8 @@ def class_colors(num_classes: int) -> list[Any]:
 
     if num_classes <= 10:
         colors = list(color_sequences["petroff10"])
-        colors[3], colors[8] = "#007a87", "#e699ff"  # not its two grays, which look alike in small dots
+        colors[3] = "#007a87"  # in place of its two grays, which look alike in small dots
+        colors[8] = "#e699ff"
         return colors[:num_classes]
     return list(colormaps["turbo"](torch.linspace(0, 1, num_classes).tolist()))
 

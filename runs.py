@@ -214,9 +214,8 @@ def newest_run(out_dir: str | Path) -> Path:
             "python train.py"
         )
     last = finished[0][0]
-    newest = min(
-        (run for number, run in finished if number == last), key=lambda run: len(run.name)
-    )  # copies are longer
+    # A copy of a run has the same number and a longer name
+    newest = min((run for number, run in finished if number == last), key=lambda run: len(run.name))
     if runs[0][0] > last:
         print(f"{runs[0][1]} has not finished an epoch yet; taking {newest}", file=sys.stderr)
     return newest

@@ -103,9 +103,9 @@ def one_line(error: BaseException) -> str:
 
 
 def raise_unless_damaged(error: Exception) -> None:
-    """Raises an error of reading a file again if it does not speak against the file: too little memory, or no right."""
-    is_systems = getattr(error, "errno", None) is not None  # OSError's
-    if isinstance(error, MemoryError) or is_systems or "allocate memory" in str(error):
+    """Raises an error again if it says nothing about the file that was read: too little memory, or no permission."""
+    is_from_system = getattr(error, "errno", None) is not None
+    if isinstance(error, MemoryError) or is_from_system or "allocate memory" in str(error):
         raise error
 
 
