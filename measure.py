@@ -1,6 +1,5 @@
 """Metrics of a trained VAE, in nats per image."""
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from step import (
     try_out,
     warn_slower,
 )
-from utils import UserError, one_line, rank_and_ranks
+from utils import UserError, one_line
 
 NLL_SAMPLES = 100
 # How many images and samples nll takes at once: on a CPU, logits that fit its cache; on a GPU, enough to fill it
@@ -66,11 +65,9 @@ def make_test_set(dataset: ImageData, binarize: str, device: torch.device | str 
     return to_test_set(dataset.test_images.to(device), dataset.test_labels.to(device), binarize, **named)
 
 
-def to_test_set(
-    images: Tensor, labels: Tensor, binarize: str, generator: torch.Generator | None = None, **named: Any
-) -> TestSet:
-    """Images (N, C, H, W) uint8 and labels (N,), binarized with a generator (by default, one whose seed is 0)."""
-    generator = generator or torch.Generator().manual_seed(0)
+def to_test_set(images: Tensor, labels: Tensor, binarize: str, **named: Any) -> TestSet:
+    """Images (N, C, H, W) uint8 and labels (N,). Always draws the same binarization."""
+    generator = torch.Generator().manual_seed(0)
     inputs, targets = (part.to(images.device) for part in inputs_and_targets(images.cpu(), binarize, generator))
     return TestSet(inputs, targets, labels, images, binarize, **named)
 
@@ -282,7 +279,7 @@ def check_weights(model: VAE) -> None:
 
 
 @in_eval_mode
-def check_model(model: VAE, dataset: ImageData, binarize: str, batch_size: int) -> None:
+def check_model(model: VAE, dataset: ImageData, binarize: str) -> None:
     """Raises UserError if the model is for other images, or one of its distributions has a wrong shape."""
     check_images(model, dataset)
     check_weights(model)
@@ -312,15 +309,6 @@ def check_model(model: VAE, dataset: ImageData, binarize: str, batch_size: int) 
         if value.shape != shape:
             sizes = f"z of shape {tuple(z.shape)} and images of shape {tuple(targets.shape)}"
             raise UserError(f"{name}.{member} has shape {tuple(value.shape)}, not {shape}, for {sizes}")
-    ranks = rank_and_ranks()[1]
-    if batch_size < ranks:
-        raise UserError(f"--batch-size must be {ranks} or more, for as many processes, not {batch_size}")
-    share = min(batch_size, len(dataset.train_images)) // ranks
-    try:
-        copy.deepcopy(model).train().elbo_terms(inputs[:share], targets[:share], y[:share])
-    except ValueError as error:  # a normalization's
-        reason = one_line(error)
-        raise UserError(f"{name} cannot train on batches of {share}: {reason}. Try a larger --batch-size") from error
 
 
 def evaluate(
@@ -375,33 +363,10 @@ def test_set_for(model: VAE, images: Tensor, labels: Tensor | None, binarize: st
     """The test set of images and labels for a model. Arguments and errors are evaluate's."""
     check_bytes(images, "images")
     size = model.config["input_size"]
-    if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
-        raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
+    if images.dim() < 2 or len(images) == 0 or images[0].numel() != size:
+        raise UserError(f"the images must be (N, ...) of {size} values each, not {tuple(images.shape)}")
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
     if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.dtype != torch.int64:
         raise UserError(f"the labels must be a tensor ({len(images)},) of type int64, one for each image")
     device = next(model.parameters()).device
     return to_test_set(images.to(device), labels.to(device), binarize or usual_binarize(model))
-
-
-def measure_all(
-    model: VAE, images: Tensor, labels: Tensor, binarize: str, nll_samples: int, seed: int = 0, batch_size: int = 1000
-) -> PerImage:
-    """What evaluate calls per_image, of any number of uint8 images (N, ...) with labels (N,), on the CPU.
-
-    Takes memory for the floats of one batch. Reseeds PyTorch.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    weigh = None
-    parts = []
-    for i, (batch, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
-        test_set = to_test_set(batch.to(device), y.to(device), binarize, generator)
-        torch.manual_seed(seed + i)
-        part = encode(model, test_set)
-        if is_likelihood(model, test_set):
-            weigh = weigh or make_weigh(model, test_set, len(images), nll_samples)
-            nll, effective_samples = estimate_nll(model, test_set, nll_samples, seed + i, weigh)
-            part = part._replace(nll=nll, effective_samples=effective_samples)
-        parts.append(PerImage(*(value if value is None else value.cpu() for value in part)))
-    return concatenate(parts)

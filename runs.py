@@ -24,7 +24,7 @@ from utils import UserError, one_line, raise_unless_damaged
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Replaces a file atomically, so a crash leaves either the old or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -125,9 +125,11 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] 
         for key in sorted(config.keys() & model.config.keys()):
             if config[key] != plain(model.config[key]):
                 raise ValueError(f"its {key} is {config[key]}, not {model.config[key]}")
-        like = model.state_dict()
-        check_tensors(weights, like)
-        model.load_state_dict({name: weights[name].to(like[name].dtype) for name in like}, assign=is_new)
+        own = model.state_dict()
+        if any(not weight.is_contiguous() or weight.is_meta for weight in weights.values()):
+            raise ValueError("a tensor repeats one value, and so claims a size that the file does not hold")
+        weights = {name: weight.to(own[name].dtype) if name in own else weight for name, weight in weights.items()}
+        model.load_state_dict(weights, assign=is_new)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)[:200]}") from error
     return model.eval()
@@ -166,19 +168,6 @@ def find_class(name: str) -> type[VAE]:
     return VAE
 
 
-def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
-    """Raises ValueError unless the tensors have the names, shapes and kinds of `like`."""
-    if others := like.keys() ^ tensors.keys():
-        raise ValueError(f"unexpected or missing tensors: {', '.join(sorted(map(str, others)))}")
-    for name, tensor in tensors.items():
-        # A tensor that is not contiguous may repeat one value, and so claim any size
-        is_whole = isinstance(tensor, Tensor) and tensor.is_contiguous() and not tensor.is_meta
-        shape = like[name].shape
-        dtype = like[name].dtype
-        if not is_whole or tensor.shape != shape or tensor.is_floating_point() != dtype.is_floating_point:
-            raise ValueError(f"its {name} is not a tensor of shape {tuple(shape)} and type {dtype}")
-
-
 def class_name(kind: type[VAE]) -> str:
     """How a checkpoint names its class: VAE, or a subclass with its module."""
     return "VAE" if kind is VAE else f"{kind.__module__}.{kind.__qualname__}"
@@ -204,21 +193,15 @@ def checkpoint_path(run: str | Path) -> Path:
 def newest_run(out_dir: str | Path) -> Path:
     """The run folder with the highest number that has a checkpoint, and so has finished an epoch.
 
-    Says so if a newer run has none. Raises UserError if there is no such run.
+    Raises UserError if there is no such run.
     """
-    runs = sorted(numbered_runs(Path(out_dir)), reverse=True)
-    finished = [(number, run) for number, run in runs if (run / "checkpoint.pt").is_file()]
+    finished = [(number, run) for number, run in numbered_runs(Path(out_dir)) if (run / "checkpoint.pt").is_file()]
     if not finished:
         raise UserError(
             f"no checkpoint at {out_dir}, nor in a run there: a run writes its first after an epoch; train one with "
             "python train.py"
         )
-    last = finished[0][0]
-    # A copy of a run has the same number and a longer name
-    newest = min((run for number, run in finished if number == last), key=lambda run: len(run.name))
-    if runs[0][0] > last:
-        print(f"{runs[0][1]} has not finished an epoch yet; taking {newest}", file=sys.stderr)
-    return newest
+    return max(finished)[1]
 
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
@@ -228,18 +211,16 @@ def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     while True:
         number = 1 + max((number for number, _ in numbered_runs(out_dir)), default=0)
-        claim = out_dir / f"{number:03d}"
-        with contextlib.suppress(FileExistsError):  # only one of several runs that start at once makes this folder
-            claim.mkdir()
-            if [run for taken, run in numbered_runs(out_dir) if taken == number] == [claim]:
-                return claim.rename(f"{claim}-{dataset}-z{latent_size}")
-            claim.rmdir()
+        folder = out_dir / f"{number:03d}-{dataset}-z{latent_size}"
+        with contextlib.suppress(FileExistsError):  # another run that starts now may have made it
+            folder.mkdir()
+            return folder
 
 
 def numbered_runs(out_dir: Path) -> list[tuple[int, Path]]:
     """The folders in out_dir whose names begin with a number, and these numbers."""
     runs = out_dir.iterdir() if out_dir.is_dir() else ()
-    return [(int(match[1]), run) for run in runs if (match := re.match(r"(\d+)(-|$)", run.name))]
+    return [(int(match[1]), run) for run in runs if (match := re.match(r"(\d+)-", run.name))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ reconstructions and samples. python evaluate.py then measures and shows what the
 import contextlib
 import copy
 import dataclasses
-import inspect
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ import measure
 import pictures
 import runs
 import utils
-from data import DATASETS, ImageData, check_kind, inputs_and_targets, load_dataset
+from data import DATASETS, ImageData, inputs_and_targets, load_dataset
 from model import VAE
 from options import PLACES, RESUMABLE, SIZES, Options, make_options, make_parser, parse_given
 from step import Recorded, Step, Steps, matmul_precision, no_validation
@@ -285,9 +284,6 @@ def train(
 
     If resume is the folder of a run, that run continues, as the function resume describes.
     """
-    check_kind("auto" if dataset is None else dataset)
-    if on_epoch:  # the wrong arguments would otherwise be noticed only after an epoch
-        inspect.signature(on_epoch).bind(None, [])
     # Adam's moments of pixels that are almost never on decay to numbers below 1e-38, which a CPU multiplies many times
     # slower than others. This must happen before PyTorch starts its threads, which inherit it.
     torch.set_flush_denormal(True)
@@ -412,8 +408,6 @@ def reopen_run(
         model = make_model(model, data, options)
     model = runs.load_weights(checkpoint, path, model)
     options = resolve_for_model(options, data, model)
-    for unfinished in path.parent.glob(".*.part"):  # left by a killed process
-        unfinished.unlink(missing_ok=True)
     return Run(options, data, model, path.parent, checkpoint)
 
 
@@ -431,7 +425,7 @@ def load(dataset: str | Path | ImageData | None, options: Options) -> ImageData:
 def resolve_for_model(options: Options, dataset: ImageData, model: VAE) -> Options:
     """The options with what they left open for a model. Raises UserError if the model cannot be trained."""
     options = options.resolve(dataset, model)
-    measure.check_model(model, dataset, options.binarize, options.batch_size)
+    measure.check_model(model, dataset, options.binarize)
     runs.plain(model.config, f"the config of {type(model).__name__}")
     precision = measure.possible_precision(model, measure.example(dataset, options.binarize), options.precision)
     return dataclasses.replace(options, precision=precision)

@@ -5,15 +5,12 @@ import pickle
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torchvision import datasets
 from torchvision.datasets import CIFAR10
 
 from data import DataUnavailable, ImageData, draw_bits, inputs_and_targets, load_dataset
@@ -247,7 +244,7 @@ def test_threshold_and_none():
 
 def test_what_cannot_be_binarized():
     images = torch.zeros(1, 1, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="binarize"):
+    with pytest.raises(UserError, match="binarize"):
         inputs_and_targets(images, "sometimes")
     with pytest.raises(UserError, match=r"float32: .*255 \* x"):
         inputs_and_targets(images / 255, "none")
@@ -264,28 +261,3 @@ def test_the_test_set_has_the_sample_that_figures_were_published_for(digits: Ima
     assert torch.equal(inputs, targets)
     assert np.array_equal(inputs, draws < images.numpy() * (2**16 / 255))
     assert torch.equal(make_test_set(digits, "dynamic").targets, targets)
-
-
-def test_two_first_commands_download_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Neither reads what the other has half written."""
-
-    class Slow:
-        def __init__(self, root: str, train: bool, download: bool = False):
-            file = Path(root) / "MNIST" / "raw" / f"train={train}"
-            if download:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                for content in ("half", "whole"):
-                    file.write_text(content, encoding="utf-8")
-                    time.sleep(0.1)
-            if not file.exists():
-                raise RuntimeError("Dataset not found.")
-            if file.read_text(encoding="utf-8") != "whole":
-                raise RuntimeError("File corrupted.")
-            self.data, self.targets = torch.zeros(4, 28, 28, dtype=torch.uint8), torch.arange(4)
-            self.classes = list("0123456789")
-
-    monkeypatch.setattr(datasets, "MNIST", Slow)
-    with ThreadPoolExecutor() as threads:
-        loaded = list(threads.map(lambda _: load_dataset("mnist", tmp_path), range(3)))
-    assert [data.name for data in loaded] == ["mnist"] * 3
-    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate
-import measure
 import pictures
 import runs
 import train
@@ -312,29 +311,6 @@ def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, ca
     np.savez(tmp_path / "small.npz", images=images[:, :9, :9])
     assert "784" in fails(evaluate.main, run, "--save", tmp_path / "no.npz", "--dataset", tmp_path / "small.npz")
     assert not (tmp_path / "no.npz").exists()
-
-
-def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
-    model = VAE(784, 16, 3)
-    arguments = model, few.test_images, few.test_labels, "dynamic", 3
-    whole, parts = measure.measure_all(*arguments), measure.measure_all(*arguments, batch_size=20)
-    torch.testing.assert_close(parts.mu, whole.mu, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(parts.kl, whole.kl, atol=1e-4, rtol=1e-4)
-    assert parts.nll.shape == whole.nll.shape == whole.effective_samples.shape
-    gray = measure.measure_all(model, few.test_images, few.test_labels, "none", 3)
-    assert gray.nll is None
-    assert gray.neg_elbo.shape == whole.nll.shape
-
-
-def test_every_batch_has_draws_of_its_own(few: ImageData):
-    """The same images twice, in two batches, are told apart by the noise in z alone."""
-    images = few.test_images[:20].repeat(2, 1, 1, 1)
-    labels = few.test_labels[:20].repeat(2)
-    found = measure.measure_all(VAE(784, 16, 3), images, labels, "threshold", 3, batch_size=20)
-    assert torch.equal(*found.mu.split(20))
-    for values in (found.reconstruction, found.nll):
-        first, second = values.split(20)
-        assert (first != second).float().mean() > 0.9
 
 
 def test_encoding_what_a_run_would_hold_out(few: ImageData, tmp_path: Path, call: Callable, monkeypatch):
