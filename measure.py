@@ -155,7 +155,7 @@ def estimate_nll(
     torch.empty(30 * 2**18)  # after 30 MB are freed, glibc no longer returns memory that is about to be needed again
     device = test_set.inputs.device
     batch_size, samples = BLOCKS[device.type]
-    weigh = weigh or make_weigh(model, test_set, len(test_set.labels), num_samples)
+    weigh = weigh or make_weigh(model, test_set, num_samples)
     batches = list(test_set.batches(batch_size))
     log_sums = []
     precision = nll_precision(model, test_set)
@@ -183,10 +183,10 @@ def sum_weights(log_weights: Tensor) -> Tensor:
 
 
 @in_eval_mode
-def make_weigh(model: VAE, test_set: TestSet, num_images: int, num_samples: int) -> Weigh:
+def make_weigh(model: VAE, test_set: TestSet, num_samples: int) -> Weigh:
     """Returns the function that adds up a block's importance weights, compiled if that pays.
 
-    test_set serves as the example, and num_images are to come. The model's weights must not change afterwards.
+    The model's weights must not change afterwards.
     """
     device = test_set.inputs.device
     batch_size, samples = BLOCKS[device.type]
@@ -194,7 +194,7 @@ def make_weigh(model: VAE, test_set: TestSet, num_images: int, num_samples: int)
     def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
         return sum_weights(model.log_importance_weights(q, p, targets, samples, y))
 
-    blocks = num_images // batch_size * (num_samples // samples)
+    blocks = len(test_set.labels) // batch_size * (num_samples // samples)
     if not is_worth_compiling(device, 1, blocks):
         return weigh
     inputs, targets, y = next(test_set.batches(batch_size))

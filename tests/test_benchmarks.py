@@ -96,16 +96,6 @@ def test_results(measure: Callable, digits: ImageData, tmp_path: Path, monkeypat
         assert 0 < abs(losses["with none"][seed] - expected) < 20
 
 
-def test_scaling(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    turns = iter(range(1, 100))
-    monkeypatch.setattr(throughput, "take_turns", lambda loops, _: {name: [next(turns)] * 2 for name in loops})
-    measured = measure("scaling", "--images=5000", f"--picture={tmp_path / 'scaling.png'}")
-    sizes, seconds = measured["sizes"], measured["seconds"]
-    assert sizes["images"] == [1000, 4000]
-    assert [n for name in sizes for pair in zip(*seconds[name].values(), strict=True) for n in pair] == [*range(1, 31)]
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
     monkeypatch.setattr(throughput.measure, "BLOCKS", {"cpu": (30, 100)})  # fewer and larger ones are sooner done
     compiled, make = [], throughput.measure.compile_checked
