@@ -223,7 +223,7 @@ def load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageData
 
 
 def read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -> Any:
-    """Downloads only if files are missing, so that damaged files are reported as such."""
+    """Downloads only what is missing. torchvision downloads damaged files of cifar10 and svhn again."""
     try:
         return construct(str(data_dir))
     except RuntimeError as error:
@@ -259,7 +259,7 @@ class Pictures(NamedTuple):
 def read_pictures(path: Path, image_size: int, channels: int | None = None) -> Pictures:
     """Reads a folder or an .npz file. Arguments are load_dataset's. Raises UserError for other paths."""
     if path.is_dir():
-        pictures = read_folder(path.resolve(), path.resolve().name, image_size, channels)
+        pictures = read_folder(path.resolve(), image_size, channels)
     elif path.suffix == ".npz" and path.is_file():
         pictures = read_npz(path)
     else:
@@ -296,15 +296,20 @@ def choose_test_images(names: Iterable[bytes]) -> Tensor:
     return is_test if is_balanced else hashes <= hashes.sort().values[:2].max()
 
 
-def read_folder(folder: Path, name: str, size: int, channels: int | None) -> Pictures:
-    """Reads a folder's pictures, whose class is `name` if it has no folders, and prints what it read."""
+def read_folder(folder: Path, size: int, channels: int | None) -> Pictures:
+    """Reads a folder's pictures and prints what it read. Without folders in it, its name is the only class."""
     halves = find_halves(folder)
     found = [find_pictures(half) for half in halves]
     classes = found[0] | found[-1]
     pictures = list(classes)
     images = read_files(pictures, size)
     if rank_and_ranks()[0] == 0:
-        colour = "in gray" if images.shape[1] == 1 else "converted to gray" if channels == 1 else "in colour"
+        if images.shape[1] == 1:
+            colour = "in gray"
+        elif channels == 1:
+            colour = "converted to gray"
+        else:
+            colour = "in colour"
         print(
             f"{folder}: {len(images):,} pictures {colour}, cropped square at the centre and resized to {size} x {size}"
         )
@@ -313,13 +318,13 @@ def read_folder(folder: Path, name: str, size: int, channels: int | None) -> Pic
     else:
         is_test = choose_test_images(os.fsencode(path.relative_to(folder).as_posix()) for path in pictures)
     names = [path.relative_to(folder).as_posix() for path in pictures]
-    no_class = "unlabelled" if any(classes.values()) else name  # the one if only one half of a split has classes
+    no_class = "unlabelled" if any(classes.values()) else folder.name  # the one if only one half of a split has classes
     return Pictures(images, *number_classes([label or no_class for label in classes.values()]), names, is_test)
 
 
 def find_halves(folder: Path) -> list[Path]:
     """A folder's training and test (or else validation) folders, or the folder itself if it lacks one of them."""
-    folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]
+    folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]  # of two, the first wins
     by_kind = {match[1].lower(): path for path in folders if (match := SPLIT.fullmatch(path.name))}
     train = by_kind.get("train")
     test = by_kind.get("test", by_kind.get("val"))
@@ -389,6 +394,8 @@ def read_npz(path: Path) -> Pictures:
         shapes = "(N, H, W), (N, H, W, 3) or (N, 3, H, W)"
         raise UserError(f"{path}: images must be {shapes} of type uint8, not {array.shape} of type {array.dtype}")
     labels = arrays.get("labels", np.full(len(images), path.stem))
+    if labels.dtype.kind == "S":
+        labels = labels.astype(str)
     if labels.shape != images.shape[:1]:
         raise UserError(f"{path}: labels must be ({len(images)},), one per image, not {labels.shape}")
     names = list(map(str, range(len(images))))
@@ -406,17 +413,17 @@ def number_classes(names: list[str] | np.ndarray) -> tuple[Tensor, list[str]]:
 
 
 def inputs_and_targets(
-    images: Tensor, binarize: str, generator: torch.Generator | None = None, bits: Tensor | None = None
+    images: Tensor, binarize: str, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turns uint8 images into float input and target, both in [0, 1] and of the same shape.
 
-    dynamic: both are one Bernoulli sample with the gray values as probabilities (Burda et al. 2016), from the generator
-    or from bits that draw_bits made. threshold: gray input, target gray > 0.5. none: both gray, for which a Bernoulli
-    is not a likelihood. Raises UserError for another mode, and as check_bytes does.
+    dynamic: both are one Bernoulli sample with the gray values as probabilities (Burda et al. 2016). threshold: gray
+    input, target gray > 0.5. none: both gray, for which a Bernoulli is not a likelihood. Raises UserError for another
+    mode, and as check_bytes does.
     """
     check_bytes(images, "images")
     if binarize == "dynamic":
-        uniform = (draw_bits(images.shape, images.device, generator) if bits is None else bits) + 2.0**15
+        uniform = draw_bits(images.shape, images.device, generator) + 2.0**15
         sample = torch.empty(images.shape, device=images.device)
         torch.lt(uniform, images * (2**16 / 255), out=sample)  # 0 is never on, and 255 always
         return sample, sample

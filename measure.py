@@ -41,8 +41,6 @@ class TestSet:
     images: Tensor  # (N, C, H, W) uint8, as they were before
     binarize: str
     classes: Sequence[str] = ()  # the labels' names
-    name: str = ""  # of the data set
-    num_held_out: int = 0  # if not 0, these are training images that were put aside
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -60,16 +58,17 @@ class TestSet:
 
 
 def make_test_set(dataset: ImageData, binarize: str, device: torch.device | str = "cpu") -> TestSet:
-    """The test images of a data set. Their binarization is the same in every run and on every device."""
-    named = {"classes": dataset.classes, "name": dataset.name, "num_held_out": dataset.num_held_out}
-    return to_test_set(dataset.test_images.to(device), dataset.test_labels.to(device), binarize, **named)
+    """The test images of a data set."""
+    images = dataset.test_images.to(device)
+    labels = dataset.test_labels.to(device)
+    return to_test_set(images, labels, binarize, dataset.classes)
 
 
-def to_test_set(images: Tensor, labels: Tensor, binarize: str, **named: Any) -> TestSet:
-    """Images (N, C, H, W) uint8 and labels (N,). Always draws the same binarization."""
+def to_test_set(images: Tensor, labels: Tensor, binarize: str, classes: Sequence[str] = ()) -> TestSet:
+    """Images (N, C, H, W) uint8 and labels (N,). Their binarization is the same in every run and on every device."""
     generator = torch.Generator().manual_seed(0)
     inputs, targets = (part.to(images.device) for part in inputs_and_targets(images.cpu(), binarize, generator))
-    return TestSet(inputs, targets, labels, images, binarize, **named)
+    return TestSet(inputs, targets, labels, images, binarize, classes)
 
 
 def usual_binarize(model: VAE) -> str:
@@ -184,7 +183,7 @@ def sum_weights(log_weights: Tensor) -> Tensor:
 
 @in_eval_mode
 def make_weigh(model: VAE, test_set: TestSet, num_samples: int) -> Weigh:
-    """Returns the function that adds up a block's importance weights, compiled if that pays.
+    """Returns a function that adds up one block's importance weights. It is compiled if that pays.
 
     The model's weights must not change afterwards.
     """
@@ -215,12 +214,14 @@ def nll_precision(model: VAE, test_set: TestSet) -> str:
     return possible_precision(model, next(test_set.batches(2)), precision)
 
 
+@in_eval_mode
 def possible_precision(model: VAE, batch: Sequence[Tensor], precision: str) -> str:
     """That precision, or "medium" after a warning if a distribution has an operation that bfloat16 lacks."""
     if precision == "bfloat16":
-        inputs, targets, y = batch
+        device = next(model.parameters()).device
+        inputs, targets, y = (part.to(device) for part in batch)
         try:
-            with torch.no_grad(), matmul_precision(precision, inputs.device):
+            with matmul_precision(precision, device):
                 q = model.posterior(model.check(inputs), y)
                 p = model.prior(y)
                 model.log_importance_weights(q, p, targets, 2, y)
@@ -245,7 +246,12 @@ def is_likelihood(model: VAE, test_set: TestSet) -> bool:
 
 def is_active(means: Tensor, threshold: float = 0.01) -> Tensor:
     """(N, latent_size) posterior means -> (latent_size,): whether each varies over the images (Burda et al. 2016)."""
-    return means.var(0) > threshold
+    return means.var(0, correction=0) > threshold
+
+
+def standard_error(values: Tensor) -> float:
+    """That of the mean of values (N,); 0 for one value."""
+    return values.std(correction=min(1, len(values) - 1)).item() / math.sqrt(len(values))
 
 
 def bits_per_dim(nats: float, num_values: int) -> float:
@@ -321,10 +327,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """All metrics of a model on a TestSet, or on uint8 images (N, ...) and labels (N,) int64. Reseeds PyTorch.
 
-    In nats per image; a name with _se is a standard error over the images, and effective_samples is a median.
-    per_image is a PerImage. nll is None where it would not be a likelihood (is_likelihood), bits_per_dim (of nll) also
-    where targets are binarized, and kl_per_latent where a closed form is missing. binarize defaults to usual_binarize.
-    Raises UserError for bad images.
+    In nats per image. A name with _se is a standard error over the images, effective_samples is a median, and per_image
+    is a PerImage. nll is None where is_likelihood is False. bits_per_dim, which is of nll, is None there and where
+    targets are binarized. kl_per_latent is None without a closed form. binarize defaults to usual_binarize. Raises
+    UserError for bad images.
     """
     if not isinstance(nll_samples, int) or nll_samples < 1:
         raise UserError(f"nll_samples must be a whole number, 1 or more, not {nll_samples}")
@@ -335,7 +341,7 @@ def evaluate(
     num_images = len(found.kl)
     metrics = {
         "neg_elbo": found.neg_elbo.mean().item(),
-        "neg_elbo_se": found.neg_elbo.std().item() / math.sqrt(num_images),
+        "neg_elbo_se": standard_error(found.neg_elbo),
         "reconstruction": found.reconstruction.mean().item(),
         "kl": found.kl.mean().item(),
         "kl_per_latent": None if found.kl_by_latent is None else found.kl_by_latent.mean(0).tolist(),
@@ -352,7 +358,7 @@ def evaluate(
         nll, effective_samples = estimate_nll(model, test_set, nll_samples, seed)
         found = found._replace(nll=nll, effective_samples=effective_samples)
         metrics["nll"] = nll.mean().item()
-        metrics["nll_se"] = nll.std().item() / math.sqrt(num_images)
+        metrics["nll_se"] = standard_error(nll)
         metrics["effective_samples"] = effective_samples.median().item()
         if test_set.binarize == "none":
             metrics["bits_per_dim"] = bits_per_dim(metrics["nll"], model.config["input_size"])

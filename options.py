@@ -120,7 +120,7 @@ class Options:
         return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
 
     def resolve(self, dataset: ImageData, model: VAE | None = None) -> "Options":
-        """These options, with what they left open chosen for a data set, and for a model and this machine."""
+        """Returns the options with each None chosen: for a data set, and then for a model and this machine."""
         is_binarized = dataset.name in BINARIZED_DATASETS or self.binarize in ("dynamic", "threshold")
         epochs = self.epochs or (150 if dataset.name == "mnist-5k" else 20)
         likelihood = self.likelihood or ("bernoulli" if is_binarized else "logistic")
@@ -143,7 +143,7 @@ class Options:
 
 
 def check(field: dataclasses.Field, value: Any) -> Any:
-    """Returns a value for a field in the field's type. Raises UserError if it is none."""
+    """Returns a value in the field's type. Raises UserError if the field cannot take it."""
     values = field.metadata["values"]
     if isinstance(values, tuple):
         if not (isinstance(value, str) and value in values):

@@ -24,7 +24,7 @@ from utils import UserError, one_line, raise_unless_damaged
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Replaces a file atomically, so a crash leaves either the old or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same file
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -110,26 +110,24 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] 
     is_new = not isinstance(model, VAE)
     try:
         kind = (model or find_class(name)) if is_new else type(model)
-        # The module's name does not count, because a module may be run as __main__ or imported
-        if name.rpartition(".")[2] != class_name(kind).rpartition(".")[2] or ("." in name) == (kind is VAE):
-            class_of_file = name.rpartition(".")[2]
+        name_in_file = name.rpartition(".")[2]  # without its module, which may be run as __main__ or imported
+        if name_in_file != kind.__name__:
             raise UserError(
                 f"{path} is of the class {name}, not {class_name(kind)}: name its file with --model "
-                f"FILE.py:{class_of_file}, or call load_checkpoint(path, {class_of_file})"
+                f"FILE.py:{name_in_file}, or call load_checkpoint(path, {name_in_file})"
             )
+        if any(weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes() for weight in weights.values()):
+            raise ValueError("a tensor claims more values than the file holds")
         if is_new:
             if max(config.get("encoder_layers", 1), config.get("decoder_layers", 1)) > len(weights):
                 raise ValueError("it has fewer weights than layers")
             with torch.device("meta"):  # takes no memory, however large the file says the model is
-                model = kind(**config)
+                kind(**config).load_state_dict(weights, assign=True)
+            model = kind(**config)
         for key in sorted(config.keys() & model.config.keys()):
             if config[key] != plain(model.config[key]):
                 raise ValueError(f"its {key} is {config[key]}, not {model.config[key]}")
-        own = model.state_dict()
-        if any(not weight.is_contiguous() or weight.is_meta for weight in weights.values()):
-            raise ValueError("a tensor repeats one value, and so claims a size that the file does not hold")
-        weights = {name: weight.to(own[name].dtype) if name in own else weight for name, weight in weights.items()}
-        model.load_state_dict(weights, assign=is_new)
+        model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)[:200]}") from error
     return model.eval()
@@ -230,17 +228,15 @@ def numbered_runs(out_dir: Path) -> list[tuple[int, Path]]:
 def check_place(name: str, path: Path) -> None:
     """Raises UserError if the images that a checkpoint was trained on are no longer where they were."""
     if name not in DATASETS and not Path(name).exists():
-        raise UserError(
-            f"{path} was trained on {name}, which does not exist now: make them again, or name their new place, or "
-            "other images, with --dataset"
-        )
+        raise UserError(f"{path} was trained on {name}, which does not exist now: name its new place with --dataset")
 
 
 def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
     """Raises UserError if a run was trained on other images or labels, perhaps on those it would be tested on now."""
     for name, checksum in dataset.checksums().items():
         if checkpoint.get(name, checksum) != checksum:
+            kind = "images" if name == "checksum" else "labels"
             raise UserError(
-                f"{path} was trained on other {'images' if name == 'checksum' else 'labels'} than those now in "
-                f"{dataset.name}: pass its own data, or evaluate it on another data set by naming one (--dataset)"
+                f"{path} was trained on other {kind} than those in {dataset.name}, which only evaluate.py takes, if "
+                "--dataset names them"
             )

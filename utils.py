@@ -44,8 +44,11 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
+        words = shlex.shlex(line, posix=True)
+        words.whitespace_split = True
+        words.escape = ""  # a backslash belongs to a Windows path
         try:
-            return shlex.split(line, comments=True)
+            return list(words)
         except ValueError as error:
             self.error(f"{line}: {error}")
 
@@ -91,7 +94,7 @@ def one_line(error: BaseException) -> str:
 
 
 def raise_unless_damaged(error: Exception) -> None:
-    """Raises an error again if it says nothing about the file that was read: too little memory, or no permission."""
+    """Raises the error again unless the file is to blame. Lack of memory or of permission says nothing about it."""
     is_from_system = getattr(error, "errno", None) is not None
     if isinstance(error, MemoryError) or is_from_system or "allocate memory" in str(error):
         raise error

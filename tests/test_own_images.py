@@ -126,8 +126,8 @@ def test_a_folder_from_the_command_line_to_pictures(folder, tmp_path, monkeypatc
 
     # A run takes no other images than those it was trained on, but evaluation does if they are named
     draw_picture(0, 255, (30, 30)).save(moved / "circle" / "new.png")
-    assert "other images" in fails(train.main, "--resume", made, "--epochs=5")
-    assert "other images" in fails(evaluate.main, made)
+    assert "was trained on other images" in fails(train.main, "--resume", made, "--epochs=5")
+    assert "was trained on other images" in fails(evaluate.main, made)
     assert runs.load_checkpoint(made)[1]["epoch"] == 4
     run(monkeypatch, evaluate.main, made, "--nll-samples=1", "--dataset", moved)
 
