@@ -107,7 +107,7 @@ class ImageData:
 
 
 def load_dataset(
-    name: str = "auto",
+    name: str | Path = "auto",
     data_dir: str | Path = "data",
     image_size: int | None = None,
     hold_out: int = 0,
@@ -121,6 +121,8 @@ def load_dataset(
     take the test set's place, and the test set is not read. channels=1 turns colour into gray, channels=3 gray into
     RGB. Raises UserError for a damaged file or an unknown name, DataUnavailable for a failed download.
     """
+    if not isinstance(name, str | Path):
+        raise UserError(f"dataset must be a name, a path or ImageData, not {type(name).__name__}")
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
 

@@ -77,7 +77,7 @@ class OpenedRun:
         if isinstance(dataset, ImageData):
             data = dataset.hold_out(hold_out or dataset.num_held_out)
         else:
-            name = str(dataset or self.options.get("dataset", "auto"))
+            name = self.options.get("dataset", "auto") if dataset is None else dataset
             if dataset is None:
                 runs.check_place(name, self.path)
             image_size = self.image_size if name not in DATASETS and Path(name).is_dir() else None

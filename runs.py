@@ -111,7 +111,8 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] 
     try:
         kind = (model or find_class(name)) if is_new else type(model)
         name_in_file = name.rpartition(".")[2]  # without its module, which may be run as __main__ or imported
-        if name_in_file != kind.__name__:
+        is_subclass_in_file = "." in name
+        if name_in_file != kind.__name__ or is_subclass_in_file != (kind is not VAE):
             raise UserError(
                 f"{path} is of the class {name}, not {class_name(kind)}: name its file with --model "
                 f"FILE.py:{name_in_file}, or call load_checkpoint(path, {name_in_file})"

@@ -374,7 +374,7 @@ def start_run(dataset: str | Path | ImageData | None, model: VAE | type[VAE] | N
     data, options = load(dataset, options)
     options = options.resolve(data)
     model = make_model(VAE if model is None else model, data, options)
-    options = resolve_for_model(options, data, model)
+    options = check_and_resolve(options, data, model)
     latent_size = model.config["latent_size"]
     folder = utils.on_rank_0(lambda: runs.new_run_folder(options.out_dir, data.name, latent_size))
     return Run(options, data, model, folder, {"history": [], "training_weights": model.state_dict()})
@@ -405,7 +405,7 @@ def reopen_run(
     if model is not None:
         model = make_model(model, data, options)
     model = runs.load_weights(checkpoint, path, model)
-    options = resolve_for_model(options, data, model)
+    options = check_and_resolve(options.resolve(data), data, model)
     for unfinished in path.parent.glob(".*.part"):  # left by a killed process
         unfinished.unlink(missing_ok=True)
     return Run(options, data, model, path.parent, checkpoint)
@@ -417,16 +417,16 @@ def load(dataset: str | Path | ImageData | None, options: Options) -> tuple[Imag
         if options.grayscale or options.image_size:
             raise UserError("--grayscale and --image-size are for a data set that is read, not for ImageData")
         return dataset.hold_out(options.hold_out or dataset.num_held_out), options
-    name = str(dataset or options.dataset)
+    name = options.dataset if dataset is None else dataset
     channels = 1 if options.grayscale else None
     data = load_dataset(name, options.data_dir, options.image_size, options.hold_out, channels)
     place = data.name if name in DATASETS else str(Path(name).resolve())
     return data, dataclasses.replace(options, dataset=place)
 
 
-def resolve_for_model(options: Options, dataset: ImageData, model: VAE) -> Options:
+def check_and_resolve(options: Options, dataset: ImageData, model: VAE) -> Options:
     """The options with what they left open for a model. Raises UserError if the model cannot be trained."""
-    options = options.resolve(dataset, model)
+    options = options.resolve_for(model, dataset)
     measure.check_model(model, dataset, options.binarize)
     runs.plain(model.config, f"the config of {type(model).__name__}")
     precision = measure.possible_precision(model, measure.example(dataset, options.binarize), options.precision)

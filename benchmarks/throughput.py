@@ -172,7 +172,8 @@ def _call(i: int) -> Any:
 def ours(dataset: data.ImageData, args: Namespace) -> Measurement:
     """train.train itself, in its third epoch, compiled or not as a run of the usual length is."""
     options = train_options(args)
-    options = options.resolve(dataset, VAE.for_data(dataset, options.resolve(dataset)))
+    options = options.resolve(dataset)
+    options = options.resolve_for(VAE.for_data(dataset, options), dataset)
     sizes = dataclasses.asdict(options)
     return lambda: third_epoch(**sizes | {"dataset": dataset})
 
