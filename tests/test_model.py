@@ -376,6 +376,13 @@ def test_the_logistics_tails_do_not_vanish():
     assert (far[0] - far[2]).item() == pytest.approx(199.5 * math.exp(5), rel=1e-3)
 
 
+def test_the_logistics_targets_are_256_levels():
+    support = DiscretizedLogistic(torch.tensor(0.0), torch.tensor(0.0)).support
+    assert support.is_discrete
+    assert support.check(LEVELS[:, None]).all()
+    assert not support.check(torch.tensor([-1 / 255, 0.5, 256 / 255])).any()
+
+
 @pytest.mark.parametrize("log_scale", LOG_SCALES)
 def test_the_logistics_mean_is_the_sum_over_its_levels(log_scale: float):
     for loc in LOCATIONS:
