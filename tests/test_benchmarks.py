@@ -188,8 +188,3 @@ def test_likelihood_rows(digits: ImageData, tmp_path: Path, monkeypatch: pytest.
         assert float(row[3]) == pytest.approx(metrics["neg_elbo"], abs=0.02)
         assert row[4] == (f"{metrics['nll']:.2f} (3 samples)" if mode == "dynamic" else "")
         assert int(row[5]) == metrics["active_units"]
-
-
-def test_likelihood_refuses_recipes_of_experiments(fails: Callable):
-    """Which it would train as another model."""
-    assert "one-minute" in fails(likelihood.main, "pictures")

@@ -17,7 +17,7 @@ import train
 from benchmarks import outliers
 from data import ImageData
 from evaluate import sample_images
-from experiments import conditional, convolutional, vampprior
+from experiments import conditional, vampprior
 from measure import make_test_set
 from model import VAE, DiagonalNormal
 from tests.conftest import thinned
@@ -73,26 +73,6 @@ def test_samples_of_one_class(few: ImageData, tmp_path: Path, call: Callable, fa
     message = fails(evaluate.main, run, "--samples", 2, "--label", "eleven", "--out-dir", tmp_path / "none")
     assert "0, 1, 2" in message
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        conditional.ConditionalVAE(36, 10, hidden_size=16, latent_size=3),
-        convolutional.ConvVAE(36, (1, 4, 9), width=2, hidden_size=16, latent_size=3),
-    ],
-    ids=["classes", "shape"],
-)
-def test_samples_of_a_file_with_nothing_but_a_model(model: VAE, tmp_path: Path, call: Callable):
-    """Its config tells how many classes there are to draw in turn, and the shape of images that are not square."""
-    checkpoint = {"model": model.config, "model_state_dict": model.state_dict(), "class": runs.class_name(type(model))}
-    runs.save_checkpoint(tmp_path / "mine.pt", checkpoint)
-    call(evaluate.main, tmp_path / "mine.pt", "--samples", 12)
-    torch.manual_seed(0)
-    expected = model.decode(torch.randn(12, 3), torch.arange(12) % 10)
-    pictures = read(tmp_path / "mine" / "samples")
-    assert pictures.shape[1:] == model.config.get("shape", (1, 6, 6))[1:]
-    assert (pictures.flatten(1) - 255 * expected).abs().max() <= 0.51
 
 
 def test_samples_in_colour_that_are_not_square(tmp_path: Path, call: Callable):

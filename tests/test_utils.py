@@ -95,7 +95,6 @@ def test_run_folders_count_on(tmp_path: Path):
         (out_dir / name).mkdir()
     assert runs.new_run_folder(out_dir, "mnist", 20) == out_dir / "1000-mnist-z20"
     assert runs.new_run_folder(out_dir, "../a/b\\c\n", 2) == out_dir / "1001-.._a_b_c_-z2"
-    assert runs.new_run_folder(out_dir, "é" * 1000, 2).parent == out_dir
 
     with pytest.raises(UserError, match="train one"):
         runs.checkpoint_path(out_dir)
