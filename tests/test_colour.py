@@ -39,6 +39,7 @@ def colours() -> ImageData:
     return ImageData("colours", ["a", "b"], images[:80], labels[:80], images[80:], labels[80:])
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_from_files_to_pictures(tmp_path: Path, call: Callable, capsys: pytest.CaptureFixture):
     for i, image in enumerate(make_images(150, 20)):
         path = tmp_path / "mine" / "ab"[i % 2] / f"{i}.png"

@@ -284,6 +284,7 @@ def save_run(run: Path, model: VAE, **extra: object) -> Path:
     return run
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_command(trained: VAE, digits: ImageData, tmp_path: Path, call: Callable, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: path.touch())  # rendering takes most of the time
     monkeypatch.chdir(tmp_path)
@@ -311,6 +312,7 @@ def test_command(trained: VAE, digits: ImageData, tmp_path: Path, call: Callable
     assert " nll " not in printed
 
 
+@pytest.mark.usefixtures("short_chains")
 def test_command_on_an_original_checkpoint(tmp_path: Path, call: Callable, monkeypatch, digits: ImageData):
     vae = VAE(784, 16, 4)
     kept = {name: vae.config[name] for name in ("input_size", "hidden_size", "latent_size")}

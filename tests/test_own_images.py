@@ -50,7 +50,7 @@ def save_picture(path: Path, shade: int = 200, format: str | None = None) -> Non
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def drawn(short_chains: None, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names of pictures, which are drawn but not rendered. That takes most of the time."""
     names = set()
     for module in (evaluate, train.pictures):

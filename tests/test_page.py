@@ -235,23 +235,20 @@ def test_drawings_are_normalized_as_mnist_is(page: str, show: Callable[..., Brow
     assert (wide.sum(0) @ (torch.arange(56) + 0.5) / wide.sum()).item() == pytest.approx(28, abs=0.05)
 
 
-@pytest.mark.parametrize("touch", [False, True])
-def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[..., Browser]):
+def test_drawn_digits_are_read_as_what_they_are(show: Callable[..., Browser]):
     browser = show(PAGE)
-    browser.resize(390, 844, phone=touch)
-    drawn = ["2", "7"] if touch else list(STROKES)
     (left, top), (right, _) = browser.place("#pad", 0, 0), browser.place("#pad", 1, 1)
     width = right - left
     read = {}
-    for digit in drawn:
+    for digit in STROKES:
         browser.run("document.getElementById('clear').click()")
         for stroke in STROKES[digit]:
-            browser.drag([(left + x * width, top + y * width) for x, y in stroke], touch)
+            browser.drag([(left + x * width, top + y * width) for x, y in stroke])
         read[digit] = idle(browser, "document.getElementById('verdict').textContent", "draw")
         expected = torch.tensor(browser.run(f"Array.from(rasterize({json.dumps(STROKES[digit])}, 28, 28))"))
         torch.testing.assert_close(pixels(browser, "#read").flatten(), expected, atol=0.1, rtol=0)
         assert pixels(browser, "#rebuilt").flatten().sub(expected).norm() < 0.6 * expected.norm()
-    assert read == {digit: f"Looks like {digit}" for digit in drawn}
+    assert read == {digit: f"Looks like {digit}" for digit in STROKES}
 
 
 def pixels(browser: Browser, selector: str, rows: int = 0, colour: bool = False) -> Tensor:
@@ -633,11 +630,10 @@ def test_completions_follow_the_conditional_distribution(show: Callable[..., Bro
     torch.testing.assert_close(features(states[:, :2], states[:, 2:]).mean(0), expected, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("touch", [False, True])
-def test_only_what_is_erased_is_filled_in(touch: bool, show: Callable[..., Browser]):
-    """Of a drawing too, and by the keyboard. Other completions follow on demand."""
+def test_only_what_is_erased_is_filled_in(show: Callable[..., Browser]):
+    """With a finger and by the keyboard, and of a drawing too. Other completions follow on demand."""
     browser = show(PAGE)
-    browser.resize(390, 844, phone=touch)
+    browser.resize(390, 844, phone=True)
 
     def check() -> tuple[Tensor, Tensor]:
         """The erased pixels, (28, 28), and the completions, (6, 28, 28)."""
@@ -659,9 +655,9 @@ def test_only_what_is_erased_is_filled_in(touch: bool, show: Callable[..., Brows
     browser.run("document.getElementById('clear').click()")
     browser.run("document.querySelector('#parts button:last-child').click()")
     for stroke in STROKES["4"]:
-        browser.drag([browser.place("#pad", *point) for point in stroke], touch)
+        browser.drag([browser.place("#pad", *point) for point in stroke], touch=True)
     path = [(0.2, 0.3), (0.2, 0.6), (0.7, 0.6)]
-    browser.drag([browser.place("#eraser", *point) for point in path], touch)
+    browser.drag([browser.place("#eraser", *point) for point in path], touch=True)
     erased, before = check()
     shares = covered_shares([[(28 * x, 28 * y) for x, y in path]], pen=2.5)
     assert erased[shares > 0.8].all()

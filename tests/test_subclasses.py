@@ -14,10 +14,9 @@ import measure
 import pictures
 import runs
 import train
-import utils
 from data import ImageData
 from model import VAE, LatentZ
-from tests.conftest import not_windows, run_ranks, same_weights
+from tests.conftest import same_weights
 from tests.kinds import (
     IN_GRAY,
     KINDS,
@@ -34,7 +33,6 @@ from tests.kinds import (
 from utils import UserError
 
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "device": "cpu", "precision": "highest"}
-SHARED = (MixturePrior, TwoLayers, Conditional)  # among processes
 WITHOUT_CLOSED_FORM = (FlowPosterior, FlowPrior, MixturePrior, TwoLayers)
 
 
@@ -59,7 +57,7 @@ def state(run: Path) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part in parts for name, value in checkpoint[part].items()}
 
 
-@each(*KINDS, Normalized)
+@each(MixturePrior, Gray, Logistic, Normalized)  # the others are experiments, which test_experiments.py resumes
 def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData, tmp_path: Path):
     _, straight = fit(kind, small, tmp_path, 4)
     _, run = fit(kind, small, tmp_path, 2)
@@ -88,28 +86,6 @@ def check_compiled(kind: type[VAE], small: ImageData, tmp_path: Path) -> None:
         assert (found[name] - value).norm() <= 0.02 * value.norm() + 1e-3, name
 
 
-def fit_all(data: ImageData) -> None:
-    train.draw = lambda *args: None
-    with utils.process_group():
-        for kind in SHARED:
-            fit(kind, data, Path("runs"), 2)
-
-
-@not_windows
-def test_two_processes_train_as_one(small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    run_ranks(2, fit_all, small)
-    for kind, run in zip(SHARED, sorted(Path("runs").iterdir()), strict=True):
-        checkpoint = runs.read_checkpoint(run)
-        assert checkpoint["class"].endswith(kind.__name__)
-        _, alone = fit(kind, small, tmp_path / "alone", 2)
-        losses, expected = (
-            [row["test_loss"] for row in history]
-            for history in (checkpoint["history"], runs.read_checkpoint(alone)["history"])
-        )
-        assert losses == pytest.approx(expected, rel=0.05, abs=0.5)  # from other noise
-
-
 def integral(model: VAE, test_set: measure.TestSet) -> Tensor:
     """-log p(x) of each image, summed over a grid of both latents: (N,)."""
     model, step = copy.deepcopy(model).double().eval(), 0.08
@@ -131,7 +107,7 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
     before = copy.deepcopy(model.state_dict())
     model.train()  # as in a loop of somebody's own
     binarize, images, labels = "none" if kind in IN_GRAY else "dynamic", small.test_images[:10], small.test_labels[:10]
-    metrics = evaluate.evaluate(model, images, binarize, nll_samples=20_000, labels=labels)
+    metrics = evaluate.evaluate(model, images, binarize, nll_samples=5_000, labels=labels)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     few = ImageData("few", small.classes, images, labels, images, labels)
@@ -140,7 +116,7 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
     nll = metrics["nll"]
     if kind is Gray:  # which has a density, so this is no likelihood
         assert nll is None
-        nll = measure.estimate_nll(model, test_set, 20_000)[0].mean().item()
+        nll = measure.estimate_nll(model, test_set, 5_000)[0].mean().item()
     assert nll == pytest.approx(exact, abs=0.1)
     assert metrics["neg_elbo"] > nll
     assert (metrics["kl_per_latent"] is None) == (kind in WITHOUT_CLOSED_FORM)
@@ -181,7 +157,8 @@ def test_nll_that_cannot_be_compiled(small: ImageData, monkeypatch: pytest.Monke
     assert capsys.readouterr().err.count("nll is not compiled") == 1
 
 
-@kinds
+@each(MixturePrior, Conditional, Gray, Logistic)
+@pytest.mark.usefixtures("short_chains")
 def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path):
     model, run = fit(kind, small, tmp_path, 1)
     test_set = measure.make_test_set(small, "none" if kind in IN_GRAY else "dynamic")
@@ -198,11 +175,11 @@ def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path)
             runs.load_checkpoint(run, wrong)
 
 
-@kinds
+@each(FlowPrior, FlowPosterior, TwoLayers, Conditional, Logistic)
 def test_iwae_of_one_sample_has_the_elbos_expected_gradient(kind: type[VAE], small: ImageData):
     """On average over draws of z: as both objectives of training have it."""
     torch.manual_seed(1)
-    model, draws = kind().double().eval(), 20_000
+    model, draws = kind().double().eval(), 10_000
     images, y = small.test_images[:4].flatten(1) / 255, small.test_labels[:4]
     x, y = (images if kind in IN_GRAY else images.round()).double().repeat(draws, 1), y.repeat(draws)
 
@@ -211,7 +188,7 @@ def test_iwae_of_one_sample_has_the_elbos_expected_gradient(kind: type[VAE], sma
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum() / draws, model.parameters())])
 
     iwae, elbo = gradients(1), gradients(None)
-    assert (iwae - elbo).norm() < 0.03 * elbo.norm()
+    assert (iwae - elbo).norm() < 0.05 * elbo.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
