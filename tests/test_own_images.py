@@ -423,17 +423,12 @@ def test_image_data_is_checked():
     assert (dataset.shape, dataset.input_size) == ((3, 3, 5), 45)
     for name, wrong in (
         ("train_images", images / 255),
-        ("train_images", images.flatten(1)),
-        ("train_images", images[:, :0]),
         ("test_images", images[:1]),
         ("test_images", images.numpy()),
-        ("test_images", images[:, :2]),
         ("test_images", in_colour),
         ("train_labels", labels[:3]),
         ("train_labels", labels + 1),
-        ("train_labels", labels - 1),
         ("test_labels", labels.float()),
-        ("test_labels", labels.tolist()),
     ):
         with pytest.raises(UserError):
             ImageData("mine", ["all"], **good | {name: wrong})

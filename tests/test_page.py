@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import evaluate
-import pictures
 import runs
-import train
 from assets.page import BROWSER, Browser, open_browser
-from data import ImageData, load_dataset
+from data import ImageData
 from docs import make
 from experiments.conditional import ConditionalVAE
 from experiments.convolutional import ConvVAE
@@ -217,24 +215,6 @@ def covered_shares(strokes: list, pen: float, size: int = 28, fine: int = 4) -> 
     return covered.view(size, fine, size, fine).float().mean((1, 3))
 
 
-def test_drawings_are_normalized_as_mnist_is(page: str, show: Callable[..., Browser]):
-    """They fill a box of 20 pixels, their centre of mass is in the middle, and their edges are gray."""
-    browser = show(page, again=True)
-    for strokes in map(STROKES.get, "2478"):
-        small = [[(0.1 + 0.3 * x, 0.5 + 0.3 * y) for x, y in stroke] for stroke in strokes]
-        images = torch.tensor(browser.run(f"{json.dumps([strokes, small])}.map(s => Array.from(rasterize(s, 28, 28)))"))
-        image = images[0].view(28, 28)
-        torch.testing.assert_close(images[1], images[0], atol=1e-4, rtol=0)
-        places = torch.arange(28) + 0.5
-        assert (image.sum(0) @ places / image.sum()).item() == pytest.approx(14, abs=0.1)
-        assert (image.sum(1) @ places / image.sum()).item() == pytest.approx(14, abs=0.1)
-        inked = (image > 0.5).nonzero()
-        assert (inked.amax(0) - inked.amin(0)).max().item() + 1 == pytest.approx(20, abs=1)
-        assert ((image > 0.1) & (image < 0.9)).sum() > 10
-    wide = torch.tensor(browser.run(f"Array.from(rasterize({json.dumps(STROKES['7'])}, 28, 56))")).view(28, 56)
-    assert (wide.sum(0) @ (torch.arange(56) + 0.5) / wide.sum()).item() == pytest.approx(28, abs=0.05)
-
-
 def test_drawn_digits_are_read_as_what_they_are(show: Callable[..., Browser]):
     browser = show(PAGE)
     (left, top), (right, _) = browser.place("#pad", 0, 0), browser.place("#pad", 1, 1)
@@ -429,42 +409,6 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     assert total == before
 
 
-def test_emoji(page: str, emoji: tuple[VAE, ImageData], show: Callable[..., Browser]):
-    model, dataset = emoji
-    browser = show(page)
-    assert browser.run("document.querySelector('#emoji canvas')") is None
-    show_emoji(browser)
-    z = torch.randn(4, 6)
-    decoded = torch.tensor(
-        browser.run(
-            f"(() => {{ const {{ decode }} = readModel(data.emoji.model); "
-            f"return {z.tolist()}.map(z => Array.from(decode(z))); }})()"
-        )
-    )
-    with torch.no_grad():
-        expected = model.decode(z)
-        mu = model.posterior(dataset.test_images / 255).mean
-        path = model.decode(
-            torch.lerp(mu[make.STARTS["from"]], mu[make.STARTS["to"] + 1], torch.linspace(0, 1, 11)[:, None])
-        )
-        middle = model.decode(torch.zeros(1, 6)).expand(36, -1)
-    assert expected.std() > 0.2
-    assert decoded.view(4, 8, 12, 3).permute(0, 3, 1, 2).flatten(1).sub(expected).abs().max() < 1e-3
-    browser.run("document.querySelector('#emoji .to-next').click()")
-    browser.run("document.querySelector('#emoji .temperature').focus()")
-    browser.key("Home")
-    idle(browser)
-    start = dataset.test_images[make.STARTS["from"]].permute(1, 2, 0) / 255
-    shown = {"#emoji .from": start, "#emoji .path-latents": tile(path, 1, dataset.shape)}
-    shown["#emoji .grids canvas"] = tile(middle, 6, dataset.shape)
-    for selector, picture in shown.items():
-        torch.testing.assert_close(pixels(browser, selector, colour=True), picture, atol=5e-3, rtol=0)
-    draws = pixels(browser, "#emoji .grids figure:last-child canvas", colour=True)
-    draws = draws.view(6, 8, 6, 12, 3).permute(0, 2, 4, 1, 3).reshape(36, -1)
-    with torch.no_grad():
-        assert torch.cdist(draws, model.decode(mu)).amin(1).max() < 0.1  # at temperature 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The page as a whole
 
@@ -578,18 +522,6 @@ def test_the_latents_come_in_the_order_of_their_kl(latent_size: int, few: ImageD
     largest_first = sorted(range(latent_size), key=lambda latent: -kl[latent])
     assert largest_first[0] == 1
     assert order == ([0, 1] if latent_size == 2 else largest_first)
-
-
-def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-    _, _, run = train.train(
-        few_digits, epochs=1, hidden_size=8, latent_size=3, hold_out=60, binarize="dynamic", out_dir=tmp_path
-    )
-    content = make.explore(run / "checkpoint.pt", "data")
-    held = load_dataset(str(few_digits), hold_out=60)
-    labels = json.loads(re.search(r'"labels":(\[[\d,]*\])', content)[1])
-    assert labels == [int(held.test_labels[i]) for i in pictures.one_of_each_class(held.test_labels.tolist(), 2000)]
-    assert "60 held-out training images" in content
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -179,11 +179,13 @@ def test_a_last_batch_gives_every_process_two_images(ranks, num_images, batch_si
     """Or joins the batch before, because normalizations need two. Processes share what one would have taken."""
     options = train.make_options(batch_size=batch_size, precision="highest", binarize="threshold")
     images = torch.zeros(num_images, 4, dtype=torch.uint8)
-    shares = []
+    shares, noise = [], set()
     for rank in range(ranks):
         monkeypatch.setattr(train, "rank_and_ranks", lambda rank=rank: (rank, ranks))
         _, numbers, _ = zip(*epochs_seen(images, [1], options), strict=True)
         shares.append(numbers)
+        noise.add(torch.rand(()).item())
+    assert len(noise) == ranks
     batches = [torch.cat(parts) for parts in zip(*shares, strict=True)]
     assert [len(batch) for batch in batches] == sizes
     assert torch.cat(batches).sort().values.tolist() == list(range(num_images))
