@@ -30,7 +30,7 @@ MNIST_5K = Path(__file__).parent / "assets" / "mnist-5k.npz"
 # Folders for training or testing, such as Training, val2017 or x-train, which are never classes; and hidden files
 SPLIT = re.compile(r"(?:.*[-_ ])?(train|test|val)(?:ing|id|idation)?[-_ ]?(?:set|data|images|\d*)", re.IGNORECASE)
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # of pictures
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class DataUnavailable(UserError):

@@ -80,7 +80,8 @@ class OpenedRun:
             name = self.options.get("dataset", "auto") if dataset is None else dataset
             if dataset is None:
                 runs.check_place(name, self.path)
-            image_size = self.image_size if name not in DATASETS and Path(name).is_dir() else None
+            is_folder = isinstance(name, str | Path) and name not in DATASETS and Path(name).is_dir()
+            image_size = self.image_size if is_folder else None
             data = load_dataset(name, data_dir, image_size, hold_out, self.model.config["channels"])
         check_images(self.model, data)
         if is_the_runs:

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import evaluate
 import measure
+import train
 from data import ImageData, load_dataset
+from model import VAE
 
 SIZE = 49  # 7 x 7 images, so that integrals over the latents are quick
 
@@ -68,23 +71,59 @@ def as_test_set(x: Tensor, labels: Tensor | None = None) -> measure.TestSet:
     return measure.TestSet(x, x, labels, (255 * x).byte(), "none")
 
 
+def saved(run: Path) -> dict:
+    """A run's checkpoint."""
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two runs have the same model and the same weights in training, bit for bit."""
+    a, b = saved(a), saved(b)
+    parts = ("model_state_dict", "training_weights")
+    return all(torch.equal(a[part][name], b[part][name]) for part in parts for name in a[part])
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither training nor evaluation draws, which takes most of the time."""
+    monkeypatch.setattr(train, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a command's main with arguments."""
+
+    def run(main: Callable[[], None], *args: object) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def short_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions take two steps of their Markov chains."""
+    complete = VAE.complete
+    monkeypatch.setattr(VAE, "complete", lambda *args, **how: complete(*args, **how | {"steps": 2}))
+
+
 @pytest.fixture
 def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces what is compiled, as always, but then runs PyTorch's own operations, which need no C++ compiler."""
     compile = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda function, **_: compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+        torch, "compile", lambda function, **_: compile(function, fullgraph=True, dynamic=False, backend="eager")
     )
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def fails(call: Callable[..., None], capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a command's main with arguments that it must refuse with one line and exit code 2 -> that line."""
 
-    def run(main: Callable[[], None], *args: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
+    def run(main: Callable[[], None], *args: object) -> str:
         with pytest.raises(SystemExit) as stop:
-            main()
+            call(main, *args)
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert error.startswith(f"{main.__module__}.py: error: ")

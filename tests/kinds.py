@@ -1,4 +1,4 @@
-"""Seven relatives of the VAE on 7 x 7 images. Together they override all that a subclass may override."""
+"""Relatives of the VAE on 7 x 7 images. Together they override all that a subclass may override."""
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,19 @@ SIZE = 49
 class SmallVAE(VAE):
     def __init__(self):
         super().__init__(SIZE, 16, 2)
+
+
+class Normalized(SmallVAE):
+    """Dropout, a normalization with statistics that only training changes, and weights that are idle or frozen.
+
+    There is no bias before the normalization: of gradients that are 0 but for rounding, Adam makes whole steps.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers = nn.Linear(SIZE, 16, bias=False), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1)
+        self.encoder, self.spare = nn.Sequential(*layers), nn.Linear(2, 2)
+        self.decoder.fc1.weight.requires_grad_(False)
 
 
 class FlowPrior(FlowPriorVAE):

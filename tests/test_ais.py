@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Distribution, Normal
 
 import measure
 import runs
-import utils
 from benchmarks import ais
 from model import VAE, DiagonalNormal
 from tests.conftest import SIZE, as_test_set
@@ -24,12 +23,6 @@ PRIOR = Normal(torch.tensor([0.5, -0.3]), torch.tensor([1.2, 0.8]))
 class OtherPrior(VAE):
     def prior(self, y: Tensor | None = None) -> Distribution:
         return DiagonalNormal(PRIOR.mean, PRIOR.variance.log())
-
-
-class OtherPosterior(VAE):
-    def posterior(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        q = super().posterior(x, y)
-        return Independent(Normal(q.mu, torch.exp(0.5 * q.logvar)), 1)
 
 
 @pytest.fixture
@@ -88,12 +81,6 @@ def test_transitions_leave_a_known_distribution_as_it_is():
     assert 0.5 < is_accepted.float().mean() < 0.999  # so that a wrong test of proposals shows
     assert eps.mean().item() == pytest.approx(2.4, abs=0.03)
     assert eps.var().item() == pytest.approx(0.4, abs=0.02)
-
-
-def test_refuses_another_posterior():
-    x = torch.zeros(2, SIZE)
-    with pytest.raises(utils.UserError, match="DiagonalNormal, not Independent"):
-        ais.compare(OtherPosterior(SIZE, 16, 2), as_test_set(x), chains=2, temperatures=2, z=None)
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fails: Callable):

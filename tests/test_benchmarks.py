@@ -76,7 +76,8 @@ def test_tricks_can_be_done_without(measure: Callable):
     dataset = ImageData("gray", ["gray"], images, labels, images, labels)
     with throughput.without(*throughput.TRICKS):
         assert train.STEPS_AT_ONCE == 1
-        options = options.resolve(dataset, VAE.for_data(dataset, options.resolve(dataset)))
+        options = options.resolve(dataset)
+        options = options.resolve_for(VAE.for_data(dataset, options), dataset)
         assert (options.compile, options.precision) == (False, "highest")
         sample, _ = inputs_and_targets(images, "dynamic")
         assert sample.mean().item() == pytest.approx(64 / 255, abs=0.01)
@@ -178,8 +179,3 @@ def test_likelihood_rows(digits: ImageData, tmp_path: Path, monkeypatch: pytest.
         assert float(row[3]) == pytest.approx(metrics["neg_elbo"], abs=0.02)
         assert row[4] == (f"{metrics['nll']:.2f} (3 samples)" if mode == "dynamic" else "")
         assert int(row[5]) == metrics["active_units"]
-
-
-def test_likelihood_refuses_recipes_of_experiments(fails: Callable):
-    """Which it would train as another model."""
-    assert "one-minute" in fails(likelihood.main, "pictures")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,22 +39,18 @@ def colours() -> ImageData:
     return ImageData("colours", ["a", "b"], images[:80], labels[:80], images[80:], labels[80:])
 
 
-def run(monkeypatch: pytest.MonkeyPatch, main: Callable, *args: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
-    main()
-
-
-def test_from_files_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+@pytest.mark.usefixtures("short_chains")
+def test_from_files_to_pictures(tmp_path: Path, call: Callable, capsys: pytest.CaptureFixture):
     for i, image in enumerate(make_images(150, 20)):
         path = tmp_path / "mine" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     arguments = ["--dataset", tmp_path / "mine", "--image-size=16", *SMALL, "--out-dir", tmp_path / "runs"]
-    run(monkeypatch, train.main, *arguments)
+    call(train.main, *arguments)
     assert "bits per dimension" in capsys.readouterr().out
     made = tmp_path / "runs" / "001-mine-z3"
-    run(monkeypatch, train.main, "--resume", made, "--epochs=3")
-    run(monkeypatch, evaluate.main, tmp_path / "runs", "--nll-samples=2")
+    call(train.main, "--resume", made, "--epochs=3")
+    call(evaluate.main, tmp_path / "runs", "--nll-samples=2")
     assert {path.stem for path in made.glob("*.png")} == DRAWN
     model, checkpoint = runs.load_checkpoint(made)
     config = {name: model.config[name] for name in ("input_size", "channels", "likelihood")}
@@ -66,15 +61,13 @@ def test_from_files_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert f"{metrics['bits_per_dim']:.3f}" in capsys.readouterr().out
 
 
-def test_a_gray_version_is_trained_and_tested_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
+def test_a_gray_version_is_trained_and_tested_as_such(tmp_path: Path, call: Callable, no_pictures: None):
     np.savez(tmp_path / "mine.npz", images=make_images(60, 8))
-    run(monkeypatch, train.main, "--dataset", tmp_path / "mine.npz", "--grayscale", *SMALL, "--out-dir", tmp_path)
+    call(train.main, "--dataset", tmp_path / "mine.npz", "--grayscale", *SMALL, "--out-dir", tmp_path)
     made = tmp_path / "001-mine-z3"
-    run(monkeypatch, train.main, "--resume", made, "--epochs=3")
-    run(monkeypatch, evaluate.main, made, "--nll-samples=1")
-    run(monkeypatch, evaluate.main, made, "--nll-samples=1", "--dataset", tmp_path / "mine.npz")
+    call(train.main, "--resume", made, "--epochs=3")
+    call(evaluate.main, made, "--nll-samples=1")
+    call(evaluate.main, made, "--nll-samples=1", "--dataset", tmp_path / "mine.npz")
     assert runs.load_checkpoint(made)[0].config["channels"] == 1
 
 

@@ -1,7 +1,7 @@
 """Pictures that are seen in part: what fills in the rest, against a sum over everything that it could be."""
 
 import itertools
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 import evaluate
 import measure
@@ -81,26 +80,7 @@ def test_upper_halves_are_completed_in_a_picture(digits: ImageData):
     assert not torch.equal(first, second)
 
 
-class WithoutDraws(VAE):
-    """Its likelihood has no method sample."""
-
-    def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        base = super().likelihood(z, y)
-
-        class Masses(Distribution):
-            mean, support, log_prob = base.mean, base.support, staticmethod(base.log_prob)
-
-        return Masses(base.batch_shape, base.event_shape, validate_args=False)
-
-
-def test_a_likelihood_without_draws_has_no_picture_of_completions(digits: ImageData):
-    test_set = measure.make_test_set(thinned(digits, 20), "dynamic")
-    for model, is_drawn in ((VAE(784, 8, 2), True), (WithoutDraws(784, 8, 2), False)):
-        names = [name for name, _ in pictures.draw_all(model, test_set, measure.encode(model, test_set), "")]
-        assert ("completions.png" in names) == is_drawn
-
-
-def test_command_fills_in_transparent_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: ImageData, fails):
+def test_command_fills_in_transparent_pixels(tmp_path: Path, call: Callable, digits: ImageData, fails: Callable):
     rgba = np.full((28, 28, 4), 255, np.uint8)
     rgba[..., :3] = digits.test_images[3, 0, :, :, None]
     Image.fromarray(rgba).save(tmp_path / "whole.png")
@@ -112,8 +92,7 @@ def test_command_fills_in_transparent_pixels(tmp_path: Path, monkeypatch: pytest
     for wrong in ("whole.png", "text.png", "nothing.png"):
         assert wrong in fails(evaluate.main, *words, "--complete", tmp_path / wrong)
     assert "--complete" in fails(evaluate.main, weights, "--complete", tmp_path / "erased.png")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--complete", str(tmp_path / "erased.png")])
-    evaluate.main()
+    call(evaluate.main, *words, "--complete", tmp_path / "erased.png")
     filled = [np.array(Image.open(path)) for path in sorted((tmp_path / "completions").glob("*.png"))]
     assert len(filled) == 3
     for image in filled:

@@ -203,6 +203,7 @@ def test_help_of_an_experiment_has_its_own_defaults(monkeypatch: pytest.MonkeyPa
         assert re.search(rf"{option} [NX] [^(]*\(default: {default}", text.partition("data:")[2]), option
 
 
+@pytest.mark.usefixtures("short_chains")
 @pytest.mark.parametrize("name", MODELS)
 def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Trains, evaluates, and resumes to the weights of a run that was not interrupted."""

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor
 import runs
 import train
 from model import VAE
-from tests.conftest import linux, not_windows, processes
+from tests.conftest import linux, not_windows, processes, same_weights
 from utils import UserError
 
 with contextlib.suppress(ImportError):  # on Windows
@@ -31,9 +31,8 @@ with contextlib.suppress(ImportError):  # on Windows
 
 
 @pytest.fixture
-def options(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def options(few_digits: Path, tmp_path: Path, no_pictures: None) -> dict[str, object]:
     """A small run's options. No pictures are drawn."""
-    monkeypatch.setattr(train, "draw", lambda *args: None)
     small = {"hidden_size": 16, "latent_size": 3, "batch_size": 100, "device": "cpu", "compile": False}
     return small | {"dataset": few_digits, "out_dir": tmp_path / "my runs"}
 
@@ -74,16 +73,6 @@ def wait_for_an_epoch(out_dir: Path) -> None:
     before, deadline = tables(), time.monotonic() + 60
     while tables() == before and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-def saved(run: Path) -> dict:
-    return torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    a, b = saved(a), saved(b)
-    parts = ("model_state_dict", "training_weights")
-    return all(torch.equal(a[part][name], b[part][name]) for part in parts for name in a[part])
 
 
 def epochs_in_csv(run: Path) -> list[int]:
@@ -272,27 +261,6 @@ def test_large_weights_in_a_small_file(kind: str, tmp_path: Path):
     if kind == "repeat one value":
         weights = {name: zero.expand(weight.shape) for name, weight in weights.items()}
     refuse_without_memory(tmp_path / "model.pt", vae.config, weights)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda c: c.pop("training_weights"),
-        lambda c: c.pop("optimizer_state_dict"),
-        lambda c: c.pop("history"),
-        lambda c: c.pop("epoch"),
-    ],
-)
-def test_a_checkpoint_without_a_training_state_is_refused(damage: Callable[[dict], object], options: dict, fails):
-    """Such a checkpoint, like the files in weights/, is for evaluation only."""
-    _, _, run = train.train(**options, epochs=1)
-    checkpoint = saved(run)
-    damage(checkpoint)
-    runs.save_checkpoint(run / "checkpoint.pt", checkpoint)
-    before = (run / "checkpoint.pt").read_bytes()
-    assert "cannot be resumed" in fails(train.main, "--resume", run, "--epochs=3")
-    assert (run / "checkpoint.pt").read_bytes() == before
-    assert runs.load_checkpoint(run)[0].config["latent_size"] == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

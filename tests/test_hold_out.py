@@ -1,7 +1,6 @@
 """--hold-out: the last training images stand in the test set's place, from loading to a run's figures."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,17 +11,11 @@ import evaluate
 import runs
 import train
 from data import ImageData, load_dataset
-from model import VAE
 from tests.conftest import thinned
 from tests.test_data import lay_out
 
 QUICK = {"epochs": 1, "hidden_size": 8, "latent_size": 2}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-    monkeypatch.setattr(evaluate, "draw_all", lambda *args: ())
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_the_last_training_images_and_not_the_test_set(tmp_path: Path):
@@ -50,7 +43,7 @@ def test_some_of_each_class_if_images_are_stored_class_by_class(digits: ImageDat
     assert torch.equal(dataset.hold_out(500).test_images, held.test_images)
 
 
-def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tmp_path: Path, capsys, monkeypatch):
+def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tmp_path: Path, capsys, call: Callable):
     few = load_dataset(str(few_digits))
     held = few.hold_out(60)
     _, history, run = train.train(few_digits, out_dir=tmp_path, hold_out=60, **QUICK)
@@ -59,8 +52,7 @@ def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tm
     assert [history[0][name] for name in train.COLUMNS[:5]] == [expected[0][name] for name in train.COLUMNS[:5]]
     train.resume(run, epochs=2)
 
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(run), "--nll-samples", "1"])
-    evaluate.main()
+    call(evaluate.main, run, "--nll-samples", 1)
     assert "tested on 60 held-out training images; 60 held-out images" in capsys.readouterr().out
     metrics = json.loads((run / "metrics.json").read_text())
     model, _ = runs.load_checkpoint(run)
@@ -72,21 +64,6 @@ def test_a_run_is_resumed_and_evaluated_on_what_it_held_out(few_digits: Path, tm
     for how in ({"hold_out": 0}, {"dataset": few_digits}):  # asked for, or a data set named
         metrics = evaluate.evaluate_run(run, nll_samples=1, **how)
         assert (metrics["hold_out"], metrics["neg_elbo"]) == (0, on_test_set)
-
-
-def test_an_experiment_reports_on_what_was_held_out(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen = []
-    places = []
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
-    words = [f"--dataset={few_digits}", "--hold-out=60", "--nll-samples=1", "--data-dir=elsewhere", *options]
-    words.append(f"--out-dir={tmp_path}")
-    monkeypatch.setattr(sys, "argv", ["mine.py", *words])
-    for module in (train, evaluate):
-        monkeypatch.setattr(module, "load_dataset", lambda *args: places.append(args[1]) or load_dataset(*args))
-    train.main(VAE, report=lambda model, data: seen.append(data))
-    assert set(places) == {"elsewhere"}
-    held = load_dataset(str(few_digits), hold_out=60)
-    assert torch.equal(seen[0].test_images, held.test_images)
 
 
 def test_images_of_ones_own(digits: ImageData, tmp_path: Path):

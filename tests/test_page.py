@@ -4,23 +4,19 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 import evaluate
-import pictures
 import runs
-import train
 from assets.page import BROWSER, Browser, open_browser
-from data import ImageData, load_dataset
+from data import ImageData
 from docs import make
 from experiments.conditional import ConditionalVAE
 from experiments.convolutional import ConvVAE
@@ -31,6 +27,7 @@ from tests.conftest import thinned
 from utils import UserError
 
 PAGE, WEIGHTS = make.ROOT / "docs" / "index.html", make.ROOT / "weights"
+shown: dict[Browser, str | Path] = {}  # the page that is open
 EXTENT = 4  # maps and sliders show latents from -EXTENT to EXTENT
 
 
@@ -43,14 +40,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[[str | Path], Browser]]:
-    """Opens a page, given as text or as a file. Fails at the end if anything went wrong in the page."""
+def show(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Browser]]:
+    """Opens a page, given as text or as a file. Fails at the end if anything went wrong in the page.
 
-    def open_page(page: str | Path) -> Browser:
-        if isinstance(page, str):
-            (tmp_path / "page.html").write_text(page, encoding="utf-8")
-            page = tmp_path / "page.html"
-        browser.open(page.as_uri())
+    With again=True, a page that is open already stays as the test before has left it, which is sooner done.
+    """
+
+    def open_page(page: str | Path, again: bool = False) -> Browser:
+        if not again or shown.get(browser) != page:
+            shown[browser] = page
+            if isinstance(page, str):
+                (tmp_path / "page.html").write_text(page, encoding="utf-8")
+                page = tmp_path / "page.html"
+            browser.open(page.as_uri())
         return browser
 
     browser.errors.clear()
@@ -139,7 +141,6 @@ def numbers(text: str) -> list[float]:
     "config",
     [
         {"latent_size": 2, "activation": "tanh"},
-        {"latent_size": 20},
         {"latent_size": 50, "hidden_size": 512, "decoder_layers": 2, "activation": "silu"},
     ],
 )
@@ -178,57 +179,6 @@ def test_computes_what_pytorch_does(config: dict, few: ImageData, show: Callable
     torch.testing.assert_close(result["bce"], -likelihood.log_prob(x), atol=0, rtol=1e-4)
 
 
-def test_draws_from_both_priors(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
-    """At temperature 0 they are the prior's mean or its components' means. At 1 they have its first two moments."""
-    with torch.no_grad():
-        mixture = models["vamp"].prior().components
-    moments = {"main": (torch.zeros(1, 5), torch.ones(1, 5)), "vamp": (mixture.mu, mixture.logvar.exp())}
-    browser = show(page)
-    for role, (means, variances) in moments.items():
-        at_0, at_1 = torch.tensor(
-            browser.run(f"""(() => {{
-                const random = generator(3), draws = Array.from({{ length: 3000 }}, () => {role}.drawPrior(random));
-                return [0, 1].map(temperature => draws.map(draw => Array.from(draw(temperature))));
-            }})()""")
-        )
-        distances = torch.cdist(at_0, means)
-        assert distances.amin(1).max() < 1e-3
-        assert distances.argmin(1).unique().numel() == len(means)
-        torch.testing.assert_close(at_1.mean(0), means.mean(0), atol=0.08, rtol=0)
-        second = (means**2 + variances).mean(0)
-        torch.testing.assert_close((at_1**2).mean(0), second, atol=0.1, rtol=0)
-
-
-def test_nearest_class_and_paths(page: str, show: Callable[..., Browser]):
-    browser = show(page)
-    points, stops = torch.randn(60, 3), torch.randn(5, 3)
-    labels = torch.arange(60) % 4
-    for z in torch.randn(20, 3):
-        near = labels[(points - z).norm(dim=1).argsort()[:5]].tolist()
-        expected = max(near, key=near.count)  # the nearest decides a tie
-        assert browser.run(f"nearestClass({points.tolist()}, {labels.tolist()}, {z.tolist()})") == expected
-    script = f"[0, 1, 4, 4.999999, 1.5].map(t => Array.from(closedPath({stops.tolist()}, t)))"
-    at = torch.tensor(browser.run(script))
-    torch.testing.assert_close(at[:4], stops[[0, 1, 4, 0]], atol=1e-4, rtol=0)
-    middle = (9 * (stops[1] + stops[2]) - stops[0] - stops[3]) / 16  # of a Catmull-Rom spline
-    torch.testing.assert_close(at[4], middle, atol=1e-5, rtol=0)
-
-
-def test_a_class_is_labelled_where_it_lies_and_is_drawn(digits: ImageData, show: Callable[..., Browser]):
-    """Most of the 50 digits nearest to the label in latent space, and to its image in pixels, are of the class."""
-    browser = show(PAGE)
-    script = "stops.map(stop => [stop.label, Array.from(stop.mu), Array.from(map.decode(stop.mu))])"
-    stops, places, decoded = (torch.tensor(values) for values in zip(*browser.run(script), strict=True))
-    x = torch.cat([digits.train_images, digits.test_images]).flatten(1) / 255
-    labels = torch.cat([digits.train_labels, digits.test_labels])
-    with torch.no_grad():
-        mu = runs.load_checkpoint(WEIGHTS / "2d.pt")[0].posterior(x).mean
-    assert stops.tolist() == list(range(10))
-    for at, among in ((places, mu), (decoded, x)):
-        nearest = labels[torch.cdist(at, among).topk(50, largest=False).indices]
-        assert (nearest == stops[:, None]).float().mean(1).min() > 0.5
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawings
 
@@ -265,67 +215,20 @@ def covered_shares(strokes: list, pen: float, size: int = 28, fine: int = 4) -> 
     return covered.view(size, fine, size, fine).float().mean((1, 3))
 
 
-def test_drawings_are_normalized_as_mnist_is(page: str, show: Callable[..., Browser]):
-    """They fill a box of 20 pixels, their centre of mass is in the middle, and their edges are gray."""
-    browser = show(page)
-    pen = browser.run("PEN")
-    for strokes in map(STROKES.get, "2478"):
-        small = [[(0.1 + 0.3 * x, 0.5 + 0.3 * y) for x, y in stroke] for stroke in strokes]
-        images = torch.tensor(browser.run(f"{json.dumps([strokes, small])}.map(s => Array.from(rasterize(s, 28, 28)))"))
-        image = images[0].view(28, 28)
-        torch.testing.assert_close(images[1], images[0], atol=1e-4, rtol=0)
-        places = torch.arange(28) + 0.5
-        assert (image.sum(0) @ places / image.sum()).item() == pytest.approx(14, abs=0.1)
-        assert (image.sum(1) @ places / image.sum()).item() == pytest.approx(14, abs=0.1)
-        points = torch.tensor([point for stroke in strokes for point in stroke])
-        extent = (points.amax(0) - points.amin(0)).max()
-        scale = (20 - 2 * pen) / extent
-        inked = (image > 0.5).nonzero()
-        assert (inked.amax(0) - inked.amin(0)).max().item() + 1 == pytest.approx(20, abs=1)
-        drawn = covered_shares([[(scale * torch.tensor(p)).tolist() for p in stroke] for stroke in strokes], pen, 40)
-        centre = [(drawn.sum(axis) @ (torch.arange(40) + 0.5) / drawn.sum()).item() for axis in (0, 1)]
-        shift = torch.tensor([14 - centre[0], 14 - centre[1]])
-        placed = [[(scale * torch.tensor(p) + shift).tolist() for p in stroke] for stroke in strokes]
-        assert image.sub(covered_shares(placed, pen)).abs().max() < 0.3
-        assert image.sub(covered_shares(placed, pen)).abs().mean() < 0.01
-    wide = torch.tensor(browser.run(f"Array.from(rasterize({json.dumps(STROKES['7'])}, 28, 56))")).view(28, 56)
-    assert (wide.sum(0) @ (torch.arange(56) + 0.5) / wide.sum()).item() == pytest.approx(28, abs=0.05)
-
-
-@pytest.mark.parametrize("touch", [False, True])
-def test_drawn_digits_are_read_as_what_they_are(touch: bool, show: Callable[..., Browser]):
+def test_drawn_digits_are_read_as_what_they_are(show: Callable[..., Browser]):
     browser = show(PAGE)
-    browser.resize(390, 844, phone=touch)
-    drawn = ["2", "7"] if touch else list(STROKES)
     (left, top), (right, _) = browser.place("#pad", 0, 0), browser.place("#pad", 1, 1)
     width = right - left
     read = {}
-    for digit in drawn:
+    for digit in STROKES:
         browser.run("document.getElementById('clear').click()")
         for stroke in STROKES[digit]:
-            browser.drag([(left + x * width, top + y * width) for x, y in stroke], touch)
+            browser.drag([(left + x * width, top + y * width) for x, y in stroke])
         read[digit] = idle(browser, "document.getElementById('verdict').textContent", "draw")
         expected = torch.tensor(browser.run(f"Array.from(rasterize({json.dumps(STROKES[digit])}, 28, 28))"))
         torch.testing.assert_close(pixels(browser, "#read").flatten(), expected, atol=0.1, rtol=0)
         assert pixels(browser, "#rebuilt").flatten().sub(expected).norm() < 0.6 * expected.norm()
-    assert read == {digit: f"Looks like {digit}" for digit in drawn}
-
-
-def test_nothing_drawn_has_no_posterior(page: str, show: Callable[..., Browser]):
-    """Also while the last stroke is still to be read."""
-    browser = show(page)
-    shown = """[...document.querySelectorAll("#draw .cross, #draw .spread, #draw .latent")].filter(element =>
-        element.getClientRects().length && getComputedStyle(element, "::after").display !== "none").length"""
-    latents = 5
-    assert idle(browser, shown) == 3 + latents
-    browser.drag([browser.place("#pad", 0.4, 0.4), browser.place("#pad", 0.6, 0.6)])
-    browser.run("document.getElementById('clear').click()")
-    assert idle(browser, shown) == 0
-    assert not pixels(browser, "#rebuilt").any()
-    for element in ("rebuilt", "draw-map", "posterior"):
-        assert "nothing is drawn" in browser.run(f"document.getElementById('{element}').ariaLabel")
-    browser.drag([browser.place("#pad", 0.4, 0.4), browser.place("#pad", 0.6, 0.6)])
-    assert idle(browser, shown) == 3 + latents
+    assert read == {digit: f"Looks like {digit}" for digit in STROKES}
 
 
 def pixels(browser: Browser, selector: str, rows: int = 0, colour: bool = False) -> Tensor:
@@ -426,7 +329,7 @@ def test_walk_by_keys_and_in_flight(page: str, models: dict[str, VAE], show: Cal
 
 
 def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
-    browser = show(page)
+    browser = show(page, again=True)
     model = models["main"]
     browser.run("document.querySelector('#mix .from-class').focus()")
     browser.key("ArrowDown")
@@ -447,20 +350,10 @@ def test_mix(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     torch.testing.assert_close(pixels(browser, "#mix .path-latents"), tile(path, 1), atol=5e-3, rtol=0)
     chosen = torch.tensor(browser.run("[1, 18].map(i => Array.from(images[i]))"))  # the first 1, and the second 8
     torch.testing.assert_close(torch.stack([start, end]), chosen, atol=5e-3, rtol=0)
-    drawings = []
-    for name in ("from", "to"):  # a chosen drawing stays when another image follows
-        browser.run("document.getElementById('next').click()")
-        idle(browser)
-        drawings.append(pixels(browser, "#read"))
-        browser.run(f"document.querySelector('#mix .{name}-class').value = 'drawing'")
-        browser.run(f"document.querySelector('#mix .{name}-class').onchange()")
-    idle(browser)
-    assert torch.equal(torch.stack(drawings), torch.stack([pixels(browser, "#mix .from"), pixels(browser, "#mix .to")]))
-    assert not torch.equal(*drawings)
 
 
 def test_sample(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
-    browser = show(page)
+    browser = show(page, again=True)
     normal, vampprior = (f"#sample figure:nth-child({i}) canvas" for i in (1, 2))
     idle(browser)
     before = pixels(browser, normal)
@@ -480,7 +373,7 @@ def test_sample(page: str, models: dict[str, VAE], show: Callable[..., Browser])
 
 
 def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
-    browser = show(page)
+    browser = show(page, again=True)
     model = models["main"]
     idle(browser)
     x = pixels(browser, "#loss-image").view(1, -1)
@@ -514,53 +407,6 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser.run("document.getElementById('reset').click()")
     _, _, total, before = numbers(idle(browser, "document.getElementById('nats').textContent"))
     assert total == before
-
-
-def test_emoji_start_in_a_slow_browser(page: str, show: Callable[..., Browser]):
-    """Which reports together that the section was out of sight, and that it is in sight."""
-    slow = """<script>window.IntersectionObserver = class {
-        constructor(changed) { this.changed = changed; }
-        observe() { this.changed([{ isIntersecting: false }, { isIntersecting: true }], this); }
-        disconnect() {}
-    };</script>"""
-    browser = show(page.replace("<header>", f"{slow}<header>", 1))
-    assert browser.run("document.querySelector('#emoji canvas') !== null")
-
-
-def test_emoji(page: str, emoji: tuple[VAE, ImageData], show: Callable[..., Browser]):
-    model, dataset = emoji
-    browser = show(page)
-    assert browser.run("document.querySelector('#emoji canvas')") is None
-    show_emoji(browser)
-    z = torch.randn(4, 6)
-    decoded = torch.tensor(
-        browser.run(
-            f"(() => {{ const {{ decode }} = readModel(data.emoji.model); "
-            f"return {z.tolist()}.map(z => Array.from(decode(z))); }})()"
-        )
-    )
-    with torch.no_grad():
-        expected = model.decode(z)
-        mu = model.posterior(dataset.test_images / 255).mean
-        path = model.decode(
-            torch.lerp(mu[make.STARTS["from"]], mu[make.STARTS["to"] + 1], torch.linspace(0, 1, 11)[:, None])
-        )
-        middle = model.decode(torch.zeros(1, 6)).expand(36, -1)
-    assert expected.std() > 0.2
-    assert decoded.view(4, 8, 12, 3).permute(0, 3, 1, 2).flatten(1).sub(expected).abs().max() < 1e-3
-    browser.run("document.querySelector('#emoji .to-next').click()")
-    browser.run("document.querySelector('#emoji .temperature').focus()")
-    browser.key("Home")
-    idle(browser)
-    start = dataset.test_images[make.STARTS["from"]].permute(1, 2, 0) / 255
-    shown = {"#emoji .from": start, "#emoji .path-latents": tile(path, 1, dataset.shape)}
-    shown["#emoji .grids canvas"] = tile(middle, 6, dataset.shape)
-    for selector, picture in shown.items():
-        torch.testing.assert_close(pixels(browser, selector, colour=True), picture, atol=5e-3, rtol=0)
-    draws = pixels(browser, "#emoji .grids figure:last-child canvas", colour=True)
-    draws = draws.view(6, 8, 6, 12, 3).permute(0, 2, 4, 1, 3).reshape(36, -1)
-    with torch.no_grad():
-        assert torch.cdist(draws, model.decode(mu)).amin(1).max() < 0.1  # at temperature 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -599,31 +445,6 @@ def test_everything_is_named_and_legible(page: str, show: Callable[..., Browser]
     assert [role for role, name in named if not name] == []
 
 
-def test_sections_without_their_model_are_left_out(few: ImageData, show: Callable[..., Browser]):
-    """Also tests images that are not square, and classes whose names are HTML."""
-    classes = ["</script>", "<!--<script>", "a & b", *few.classes[3:]]
-    flat = replace(few, train_images=few.train_images[..., 4:24, :], test_images=few.test_images[..., 4:24, :])
-    flat = replace(flat, classes=classes)
-    model = rounded(VAE(input_size=560, hidden_size=16, latent_size=3))
-    browser = show(make.make_explorer(model, flat, "of </script><b>digits"))
-    legend = "[...document.querySelectorAll('#legend li')].slice(0, 3).map(item => item.textContent)"
-    assert idle(browser, legend) == classes[:3]
-    assert browser.run("document.getElementById('notes').textContent") == "of </script><b>digits"
-    sections = "[...document.querySelectorAll('section')].map(section => section.id)"
-    links = "[...document.querySelectorAll('nav a')].map(link => link.hash.slice(1))"
-    assert browser.run(sections) == browser.run(links) == ["draw", "erase", "walk", "mix", "sample", "loss"]
-    assert pixels(browser, "#walked").shape == pixels(browser, "#completions canvas").shape == (20, 28)
-    expected = model.reconstruct(pixels(browser, "#read")[None])[0]
-    torch.testing.assert_close(pixels(browser, "#rebuilt"), expected, atol=5e-3, rtol=0)
-
-    model.encoder = nn.Sequential(nn.Linear(560, 16), nn.Sigmoid())
-    show(make.make_explorer(model, flat, "caption"))
-    assert idle(browser, sections) == browser.run(links) == ["walk", "mix", "sample"]
-    assert browser.run("[...document.querySelectorAll('option')].some(option => option.value === 'drawing')") is False
-    expected = model.reconstruct(pixels(browser, "#mix .from")[None])[0]
-    torch.testing.assert_close(pixels(browser, "#mix .path-latents")[:, :28], expected, atol=5e-3, rtol=0)
-
-
 def test_the_committed_page_is_what_its_command_makes():
     page = PAGE.read_text(encoding="utf-8")
     assert len(page.encode()) <= 6_500_000
@@ -634,15 +455,15 @@ def test_the_committed_page_is_what_its_command_makes():
 
 def test_rounded_weights_cost_little(show: Callable[..., Browser]):
     """The committed page's models and those in weights/ reconstruct alike, and the negative ELBO at the mean agrees."""
-    browser = show(PAGE)
+    browser = show(PAGE, again=True)
     losses, x, decoded, points = map(
         torch.tensor,
         browser.run("""(() => {
             const loss = (posterior, x) => sum(klByLatent(posterior)) + sum(bceByPixel(main.logits(posterior.mu), x));
-            const emoji = readModel(data.emoji.model);
+            const emoji = readModel(data.emoji.model), first = images.slice(0, 100), points = emoji.points.slice(0, 10);
             return [
-              images.map(x => loss(main.encode(x), x)), images.map(x => Array.from(x)),
-              emoji.points.map(z => Array.from(emoji.decode(z))), emoji.points.map(z => Array.from(z)),
+              first.map(x => loss(main.encode(x), x)), first.map(x => Array.from(x)),
+              points.map(z => Array.from(emoji.decode(z))), points.map(z => Array.from(z)),
             ];
         })()"""),
     )
@@ -655,26 +476,9 @@ def test_rounded_weights_cost_little(show: Callable[..., Browser]):
     assert decoded.sub(pictures).abs().mean() < 1 / 255
 
 
-def test_the_emoji_need_no_font(fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(make, "EMOJI", tmp_path / "emoji.png")
-    images = torch.randint(256, (1500, 3, 32, 32), dtype=torch.uint8)
-    np.savez(tmp_path / "few.npz", images=images[:100])
-    assert "96 test images" in fails(make.main, "--emoji", tmp_path / "few.npz")
-    np.savez(tmp_path / "many.npz", images=images)
-    monkeypatch.setattr("sys.argv", ["make.py", "--emoji", str(tmp_path / "many.npz")])
-    make.main()
-    shown = load_dataset(str(tmp_path / "many.npz")).test_images[:96]
-    assert torch.equal(make.read_emoji().test_images, shown)
-
-
-def test_missing_weights(tmp_path: Path):
-    with pytest.raises(UserError, match=r"default\.pt"):
-        make.make_index(tmp_path)
-
-
-def with_part(name: str, part: nn.Module) -> VAE:
+def with_another_decoder() -> VAE:
     model = VAE(hidden_size=8)
-    setattr(model, name, part)
+    model.decoder = nn.Linear(20, 784)
     return model
 
 
@@ -687,8 +491,7 @@ def with_part(name: str, part: nn.Module) -> VAE:
         (VampVAE, "prior"),
         (lambda: VAE(likelihood="logistic"), "likelihood"),
         (ConditionalVAE, "posterior"),
-        (lambda: with_part("decoder", nn.Linear(20, 784)), "decoder"),
-        (lambda: with_part("latent_z", nn.Linear(8, 20)), "posterior"),
+        (with_another_decoder, "decoder"),
     ],
 )
 def test_what_the_explorer_refuses(make_model: Callable[[], VAE], reason: str, few: ImageData):
@@ -696,27 +499,14 @@ def test_what_the_explorer_refuses(make_model: Callable[[], VAE], reason: str, f
         make.make_explorer(make_model(), few, "")
 
 
-def test_the_explorer_refuses_colour(few: ImageData):
-    parts = {name: getattr(few, name).expand(-1, 3, -1, -1) for name in ("train_images", "test_images")}
-    with pytest.raises(UserError, match="colour"):
-        make.make_explorer(VAE(3 * 784), replace(few, **parts), "")
-
-
-def test_command_writes_the_explorer(
-    few: ImageData, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_command_writes_the_explorer(few: ImageData, fails: Callable, call: Callable, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_dataset", lambda *_: few)
     path = tmp_path / "default.pt"
     assert "other images" in fails(make.main, shutil.copy(WEIGHTS / path.name, path))
     runs.save_checkpoint(path, runs.read_checkpoint(path) | few.checksums())
-    monkeypatch.setattr("sys.argv", ["make.py", str(path)])
-    make.main()
+    call(make.main, path)
     page = (tmp_path / "default" / "explorer.html").read_text(encoding="utf-8")
     assert "mnist-5k binarized by sampling, 20 latents, epoch 20" in page
-    vamp = runs.read_checkpoint(WEIGHTS / "vampprior.pt") | few.checksums()
-    runs.save_checkpoint(tmp_path / "vampprior.pt", vamp)
-    assert "prior" in fails(make.main, tmp_path / "vampprior.pt")
-    assert not (tmp_path / "vampprior").exists()
 
 
 @pytest.mark.parametrize("latent_size", [2, 6])
@@ -732,18 +522,6 @@ def test_the_latents_come_in_the_order_of_their_kl(latent_size: int, few: ImageD
     largest_first = sorted(range(latent_size), key=lambda latent: -kl[latent])
     assert largest_first[0] == 1
     assert order == ([0, 1] if latent_size == 2 else largest_first)
-
-
-def test_the_explorer_shows_what_the_run_was_tested_on(few_digits: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-    _, _, run = train.train(
-        few_digits, epochs=1, hidden_size=8, latent_size=3, hold_out=60, binarize="dynamic", out_dir=tmp_path
-    )
-    content = make.explore(run / "checkpoint.pt", "data")
-    held = load_dataset(str(few_digits), hold_out=60)
-    labels = json.loads(re.search(r'"labels":(\[[\d,]*\])', content)[1])
-    assert labels == [int(held.test_labels[i]) for i in pictures.one_of_each_class(held.test_labels.tolist(), 2000)]
-    assert "60 held-out training images" in content
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -766,7 +544,7 @@ def test_completions_follow_the_conditional_distribution(show: Callable[..., Bro
         while (states.length < count) states.push(chain.next().value);
         return states.map(({ z, logits }) => [...z, ...logits.slice(2)]);
     })"""
-    states = torch.tensor(browser.run(f"{chain}([0.9, 0.2, 0, 0], 40000)"))
+    states = torch.tensor(browser.run(f"{chain}([0.9, 0.2, 0, 0], 25000)"))
     assert torch.equal(states[:100], torch.tensor(browser.run(f"{chain}([0.9, 0.2, 1, 1], 100)")))
     ticks = torch.linspace(-6, 6, 241)
     grid = torch.cartesian_prod(ticks, ticks)
@@ -781,14 +559,13 @@ def test_completions_follow_the_conditional_distribution(show: Callable[..., Bro
         return torch.cat([z, z**2, z.prod(1, keepdim=True), p, p.prod(1, keepdim=True)], 1)
 
     expected = weights @ features(grid, logits[:, 2:])
-    torch.testing.assert_close(features(states[:, :2], states[:, 2:]).mean(0), expected, atol=0.04, rtol=0)
+    torch.testing.assert_close(features(states[:, :2], states[:, 2:]).mean(0), expected, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("touch", [False, True])
-def test_only_what_is_erased_is_filled_in(touch: bool, show: Callable[..., Browser]):
-    """Of a drawing too, and by the keyboard. Other completions follow on demand."""
+def test_only_what_is_erased_is_filled_in(show: Callable[..., Browser]):
+    """With a finger and by the keyboard, and of a drawing too. Other completions follow on demand."""
     browser = show(PAGE)
-    browser.resize(390, 844, phone=touch)
+    browser.resize(390, 844, phone=True)
 
     def check() -> tuple[Tensor, Tensor]:
         """The erased pixels, (28, 28), and the completions, (6, 28, 28)."""
@@ -810,9 +587,9 @@ def test_only_what_is_erased_is_filled_in(touch: bool, show: Callable[..., Brows
     browser.run("document.getElementById('clear').click()")
     browser.run("document.querySelector('#parts button:last-child').click()")
     for stroke in STROKES["4"]:
-        browser.drag([browser.place("#pad", *point) for point in stroke], touch)
+        browser.drag([browser.place("#pad", *point) for point in stroke], touch=True)
     path = [(0.2, 0.3), (0.2, 0.6), (0.7, 0.6)]
-    browser.drag([browser.place("#eraser", *point) for point in path], touch)
+    browser.drag([browser.place("#eraser", *point) for point in path], touch=True)
     erased, before = check()
     shares = covered_shares([[(28 * x, 28 * y) for x, y in path]], pen=2.5)
     assert erased[shares > 0.8].all()

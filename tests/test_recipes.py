@@ -42,9 +42,9 @@ def test_published_recipes_are_what_was_published():
 
 def test_argument_file(tmp_path: Path, fails: Callable):
     path = tmp_path / "mine.txt"
-    path.write_text("# a comment\n--epochs 7 --lr 1e-4   # another\n\n--out-dir 'a folder'\n")
+    path.write_text("# a comment\n--epochs 7 --lr 1e-4   # another\n\n--out-dir 'a folder' --data-dir C:\\new\n")
     given = train.parse_given(train.make_parser(None), [f"@{path}", "--lr=1"])
-    assert given == {"epochs": 7, "lr": 1.0, "out_dir": "a folder"}
+    assert given == {"epochs": 7, "lr": 1.0, "out_dir": "a folder", "data_dir": "C:\\new"}
     assert "missing.txt" in fails(train.main, f"@{tmp_path / 'missing.txt'}")
     for content, says in ((b"--dataset=my digit's", "No closing quotation"), (b"\xff\xfe\x00", "decode")):
         path.write_bytes(content)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Laplace
 
 import evaluate
@@ -14,27 +14,25 @@ import measure
 import pictures
 import runs
 import train
-import utils
 from data import ImageData
 from model import VAE, LatentZ
-from tests.conftest import not_windows, run_ranks
+from tests.conftest import same_weights
 from tests.kinds import (
     IN_GRAY,
     KINDS,
-    SIZE,
     Conditional,
     FlowPosterior,
     FlowPrior,
     Gray,
     Logistic,
     MixturePrior,
+    Normalized,
     SmallVAE,
     TwoLayers,
 )
 from utils import UserError
 
 OPTIONS = {"batch_size": 200, "lr": 1e-2, "device": "cpu", "precision": "highest"}
-SHARED = (MixturePrior, TwoLayers, Conditional)  # among processes
 WITHOUT_CLOSED_FORM = (FlowPosterior, FlowPrior, MixturePrior, TwoLayers)
 
 
@@ -43,11 +41,7 @@ def each(*kinds: type[VAE]) -> pytest.MarkDecorator:
 
 
 kinds = each(*KINDS)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "draw", lambda *args: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def fit(kind: type[VAE], data: ImageData, out_dir: Path, epochs: int, **options: object) -> tuple[VAE, Path]:
@@ -63,17 +57,13 @@ def state(run: Path) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part in parts for name, value in checkpoint[part].items()}
 
 
-@kinds
+@each(MixturePrior, Gray, Logistic, Normalized)  # the others are experiments, which test_experiments.py resumes
 def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData, tmp_path: Path):
     _, straight = fit(kind, small, tmp_path, 4)
     _, run = fit(kind, small, tmp_path, 2)
-    half, expected = state(run), state(straight)
+    assert not same_weights(run, straight)
     train.resume(run, kind(), small, epochs=4)
-    resumed = state(run)
-    assert expected.keys() == resumed.keys()
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    assert not all(torch.equal(half[name], expected[name]) for name in expected)
-    assert (run / "metrics.csv").read_text().count("\n") == 5
+    assert same_weights(run, straight)
 
 
 @pytest.mark.slow
@@ -94,28 +84,6 @@ def check_compiled(kind: type[VAE], small: ImageData, tmp_path: Path) -> None:
     found, expected = state(compiled), state(eager)
     for name, value in expected.items():  # Adam makes whole steps of tiny gradients, which are rounding
         assert (found[name] - value).norm() <= 0.02 * value.norm() + 1e-3, name
-
-
-def fit_all(data: ImageData) -> None:
-    train.draw = lambda *args: None
-    with utils.process_group():
-        for kind in SHARED:
-            fit(kind, data, Path("runs"), 2)
-
-
-@not_windows
-def test_two_processes_train_as_one(small: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    run_ranks(2, fit_all, small)
-    for kind, run in zip(SHARED, sorted(Path("runs").iterdir()), strict=True):
-        checkpoint = runs.read_checkpoint(run)
-        assert checkpoint["class"].endswith(kind.__name__)
-        _, alone = fit(kind, small, tmp_path / "alone", 2)
-        losses, expected = (
-            [row["test_loss"] for row in history]
-            for history in (checkpoint["history"], runs.read_checkpoint(alone)["history"])
-        )
-        assert losses == pytest.approx(expected, rel=0.05, abs=0.5)  # from other noise
 
 
 def integral(model: VAE, test_set: measure.TestSet) -> Tensor:
@@ -139,22 +107,24 @@ def test_nll_is_the_integral_over_the_latents(kind: type[VAE], small: ImageData,
     before = copy.deepcopy(model.state_dict())
     model.train()  # as in a loop of somebody's own
     binarize, images, labels = "none" if kind in IN_GRAY else "dynamic", small.test_images[:10], small.test_labels[:10]
-    metrics = evaluate.evaluate(model, images, binarize, nll_samples=20_000, labels=labels)
+    metrics = evaluate.evaluate(model, images, binarize, nll_samples=5_000, labels=labels)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     few = ImageData("few", small.classes, images, labels, images, labels)
     test_set = measure.make_test_set(few, binarize)
     exact = integral(model, test_set).mean().item()
-    nll = measure.estimate_nll(model, test_set, 20_000)[0].mean().item()
+    nll = metrics["nll"]
+    if kind is Gray:  # which has a density, so this is no likelihood
+        assert nll is None
+        nll = measure.estimate_nll(model, test_set, 5_000)[0].mean().item()
     assert nll == pytest.approx(exact, abs=0.1)
-    assert metrics["nll"] == (None if kind is Gray else nll)  # which has a density
     assert metrics["neg_elbo"] > nll
     assert (metrics["kl_per_latent"] is None) == (kind in WITHOUT_CLOSED_FORM)
     evaluate.print_metrics(metrics, "title")
     assert ("no closed form" in capsys.readouterr().out) == (kind in WITHOUT_CLOSED_FORM)
 
 
-@each(FlowPosterior, Conditional, Logistic)
+@each(Conditional, Logistic)
 def test_nll_compiled_is_nll(kind: type[VAE], small: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None):
     """Long estimates are compiled: with the same draws, and without the blocks of other sizes."""
     torch.manual_seed(1)
@@ -187,7 +157,8 @@ def test_nll_that_cannot_be_compiled(small: ImageData, monkeypatch: pytest.Monke
     assert capsys.readouterr().err.count("nll is not compiled") == 1
 
 
-@kinds
+@each(MixturePrior, Conditional, Gray, Logistic)
+@pytest.mark.usefixtures("short_chains")
 def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path):
     model, run = fit(kind, small, tmp_path, 1)
     test_set = measure.make_test_set(small, "none" if kind in IN_GRAY else "dynamic")
@@ -204,11 +175,11 @@ def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path)
             runs.load_checkpoint(run, wrong)
 
 
-@kinds
+@each(FlowPrior, FlowPosterior, TwoLayers, Conditional, Logistic)
 def test_iwae_of_one_sample_has_the_elbos_expected_gradient(kind: type[VAE], small: ImageData):
     """On average over draws of z: as both objectives of training have it."""
     torch.manual_seed(1)
-    model, draws = kind().double().eval(), 20_000
+    model, draws = kind().double().eval(), 10_000
     images, y = small.test_images[:4].flatten(1) / 255, small.test_labels[:4]
     x, y = (images if kind in IN_GRAY else images.round()).double().repeat(draws, 1), y.repeat(draws)
 
@@ -217,7 +188,7 @@ def test_iwae_of_one_sample_has_the_elbos_expected_gradient(kind: type[VAE], sma
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum() / draws, model.parameters())])
 
     iwae, elbo = gradients(1), gradients(None)
-    assert (iwae - elbo).norm() < 0.03 * elbo.norm()
+    assert (iwae - elbo).norm() < 0.05 * elbo.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,25 +222,6 @@ def test_another_loss_is_minimized_and_the_elbo_is_printed(small: ImageData, tmp
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Other networks
-
-
-class Normalized(SmallVAE):
-    """Normalizations, the statistics of which only training changes, dropout, and weights that are idle or frozen."""
-
-    def __init__(self):
-        super().__init__()
-        layers = nn.Linear(SIZE, 16, bias=False), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1)
-        self.encoder, self.spare = nn.Sequential(*layers), nn.Linear(2, 2)
-        self.decoder.fc1.weight.requires_grad_(False)
-
-
-def test_buffers_idle_and_frozen_weights_are_resumed_too(small: ImageData, tmp_path: Path):
-    _, straight = fit(Normalized, small, tmp_path, 4)
-    _, run = fit(Normalized, small, tmp_path, 2)
-    train.resume(run, Normalized(), small, epochs=4)
-    resumed, expected = state(run), state(straight)
-    assert any("running_mean" in name for name in expected)
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +279,6 @@ class NoMean(FlowPosterior):
     ("kind", "says"),
     [
         (broken("posterior", torch.mean), r"posterior.*log_prob.*\(\), not \(3, 2\)"),
-        (broken("prior", lambda p: p.mean(0)), r"prior.*log_prob.*\(2,\), not \(3, 2\)"),
         (type("Broken", (SmallVAE,), {"prior": laplace}), r"prior.*log_prob.*\(3, 2, 2\), not \(3, 2\)"),
         (type("Broken", (SmallVAE,), {"likelihood": pixels}), r"likelihood.*log_prob.*\(3, 2, 49\), not \(3, 2\)"),
         (TripledVAE, r"TripledVAE.*latent_z\.forward"),
@@ -351,33 +302,19 @@ def test_a_model_for_other_images_is_refused(small: ImageData, tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_another_class_called_vae_is_not_taken_for_it(small: ImageData, tmp_path: Path):
-    other = type("VAE", (VAE,), {})(SIZE, 16, 2)
-    checkpoint = {"model": other.config, "model_state_dict": other.state_dict(), "class": runs.class_name(type(other))}
-    runs.save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
-    runs.load_checkpoint(tmp_path, other)
-    with pytest.raises(UserError, match="class"):
-        runs.load_checkpoint(tmp_path)
-
-
-class Made(VAE):
-    """Is made for a data set in a way of its own."""
-
-    @classmethod
-    def for_data(cls, dataset: ImageData, options: train.Options) -> "Made":
-        model = super().for_data(dataset, options)
-        model.shade = dataset.train_images.float().mean().item()
-        return model
-
-
 def test_a_class_is_made_for_the_data_and_a_model_is_trained_itself(small: ImageData, tmp_path: Path):
+    class Made(VAE):
+        @classmethod
+        def for_data(cls, dataset: ImageData, options: train.Options) -> "Made":
+            model = super().for_data(dataset, options)
+            model.shade = dataset.train_images.float().mean().item()
+            return model
+
     options = OPTIONS | {"epochs": 1, "out_dir": tmp_path}
-    sizes = {"hidden_size": 16, "latent_size": 2}
-    made, _, first = train.train(small, Made, **options, **sizes)
+    made, _, first = train.train(small, Made, **options, hidden_size=16, latent_size=2)
     assert made.shade == small.train_images.float().mean().item()
-    for kind in (VAE, None):
-        _, _, run = train.train(small, kind, **options, **sizes)
-        assert all(torch.equal(state(run)[name], value) for name, value in state(first).items())
+    _, _, run = train.train(small, **options, hidden_size=16, latent_size=2)
+    assert same_weights(run, first)
     mine = SmallVAE()
     returned, _, run = train.train(small, mine, **options)
     assert returned is mine

@@ -3,8 +3,6 @@
 import copy
 import csv
 import dataclasses
-import errno
-import gc
 import math
 import re
 import sys
@@ -16,41 +14,28 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import runs
 import train
 import utils
-from data import BINARIZE, ImageData
+from data import ImageData
 from experiments import burda2016
 from model import VAE, loss_criterion
-from tests.conftest import thinned
+from tests.conftest import same_weights, saved, thinned
 from utils import UserError
 
 SMALL = {"dataset": "mnist-5k", "hidden_size": 16, "latent_size": 3, "batch_size": 500, "device": "cpu"}
-draw = train.draw
 SMALL_ARGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(autouse=True)
 def small_data(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fifth of the bundled digits, and no pictures: the tests that need them ask for them."""
+    """Every fifth of the bundled digits."""
     few = thinned(digits, 5)
     monkeypatch.setattr(train, "load_dataset", lambda *args: few.hold_out(*args[3:4] or [0]))
-    monkeypatch.setattr(train, "draw", lambda *args: None)
-
-
-def saved(run: Path) -> dict:
-    return torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    a, b = saved(a), saved(b)
-    return all(
-        torch.equal(a[part][name], b[part][name])
-        for part in ("model_state_dict", "training_weights")
-        for name in a[part]
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,34 +165,31 @@ def test_a_schedule_of_ones_own_reaches_every_step(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("num_images", "batch_size", "sizes"),
-    [(11, 5, [5, 6]), (12, 5, [5, 5, 2]), (3, 1, [1, 1, 1]), (4, 9, [4]), (37, 2, [2] * 17 + [3])],
+    ("ranks", "num_images", "batch_size", "sizes"),
+    [
+        (1, 11, 5, [5, 6]),
+        (1, 12, 5, [5, 5, 2]),
+        (1, 3, 1, [1, 1, 1]),
+        (1, 4, 9, [4]),
+        (3, 25, 10, [10, 15]),
+        (3, 26, 10, [10, 10, 6]),
+    ],
 )
-def test_a_last_batch_of_one_joins_the_one_before(num_images: int, batch_size: int, sizes: list[int]):
-    """Because normalizations need two. Batches of one are taken if they are asked for."""
+def test_a_last_batch_gives_every_process_two_images(ranks, num_images, batch_size, sizes, monkeypatch):
+    """Or joins the batch before, because normalizations need two. Processes share what one would have taken."""
     options = train.make_options(batch_size=batch_size, precision="highest", binarize="threshold")
     images = torch.zeros(num_images, 4, dtype=torch.uint8)
-    _, numbers, _ = zip(*epochs_seen(images, [1], options), strict=True)
-    assert [len(batch) for batch in numbers] == sizes
-    assert torch.cat(numbers).sort().values.tolist() == list(range(num_images))
-
-
-@pytest.mark.parametrize(
-    ("num_images", "batch_size", "sizes"), [(25, 10, [10, 15]), (26, 10, [10, 10, 6]), (10, 3, [3, 3, 4])]
-)
-def test_a_last_batch_gives_every_process_two(num_images: int, batch_size: int, sizes: list[int], monkeypatch):
-    """Or joins the batch before. Three processes share what one would have taken."""
-    options = train.make_options(batch_size=batch_size, precision="highest", binarize="threshold")
-    images = torch.zeros(num_images, 4, dtype=torch.uint8)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(train, "rank_and_ranks", lambda rank=rank: (rank, 3))
+    shares, noise = [], set()
+    for rank in range(ranks):
+        monkeypatch.setattr(train, "rank_and_ranks", lambda rank=rank: (rank, ranks))
         _, numbers, _ = zip(*epochs_seen(images, [1], options), strict=True)
         shares.append(numbers)
+        noise.add(torch.rand(()).item())
+    assert len(noise) == ranks
     batches = [torch.cat(parts) for parts in zip(*shares, strict=True)]
     assert [len(batch) for batch in batches] == sizes
     assert torch.cat(batches).sort().values.tolist() == list(range(num_images))
-    assert batch_size < 6 or min(len(share) for numbers in shares for share in numbers) >= 2
+    assert batch_size == 1 or min(len(share) for numbers in shares for share in numbers) >= 2
 
 
 def take_same_steps(ours: train.Adam, theirs: torch.optim.Adam, steps: int) -> None:
@@ -240,15 +222,6 @@ def test_adam_is_that_of_torch(dtype: torch.dtype, rounding: float):
     take_same_steps(ours, theirs, 20)
     for weight, other in zip(weights, others, strict=True):
         torch.testing.assert_close(weight, other, rtol=rounding, atol=rounding)
-
-
-def test_without_an_average_adams_weights_are_kept(tmp_path: Path):
-    model, history, run = train.train(**SMALL, epochs=2, lr=1e-2, average=False, out_dir=tmp_path)
-    weights = saved(run)["training_weights"]
-    assert all(torch.equal(value, weights[name]) for name, value in saved(run)["model_state_dict"].items())
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert history[1]["test_loss"] < history[0]["test_loss"]
-    assert not model.training
 
 
 def test_initialize(digits: ImageData):
@@ -300,39 +273,44 @@ def test_iwae_objective_is_the_bound_of_torch_distributions(digits: ImageData):
         torch.testing.assert_close(taken, old.grad, rtol=0.02, atol=0.02 * old.grad.abs().max().item(), msg=name)
 
 
-def test_it_learns(tmp_path: Path):
-    model, history, run = train.train(**SMALL, epochs=15, lr=1e-2, out_dir=str(tmp_path))
-    assert [row["epoch"] for row in history] == list(range(1, 16))
+def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """It learns, prints its losses, and keeps the model that it tested, not the weights that Adam left."""
+    seen = []
+    options = SMALL | {"epochs": 10, "lr": 1e-2, "out_dir": tmp_path}
+    model, history, run = train.train(**options, on_epoch=lambda model, history: seen.append((model, len(history))))
+    assert seen == [(model, epoch) for epoch in range(1, 11)]
     assert history[0]["test_loss"] > 1.5 * history[-1]["test_loss"]  # 784 ln 2 = 543 before the first step
     for row in history:
         assert row["test_loss"] == pytest.approx(row["test_reconstruction"] + row["test_kl"])
-    loaded, _ = runs.load_checkpoint(run)
+        assert row["images_per_second"] * row["seconds"] == pytest.approx(1000)
+    with open(run / "metrics.csv") as file:
+        table = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert table == history
+
+    first, *lines, _ = capsys.readouterr().out.splitlines()
+    encoder = (784 + 1) * 16 + (16 + 1) * 16 + 2 * (16 + 1) * 3
+    decoder = (3 + 1) * 16 + (16 + 1) * 784
+    for says in ("1,000 training images", f"{encoder + decoder:,} weights", str(run), "--resume"):
+        assert says in first
+    told = [float(word.replace(",", "")) for word in re.findall(r"[\d,]+\.?\d*", lines[0].removeprefix("epoch  1/10"))]
+    names = ("train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second")
+    assert told == pytest.approx([history[0][name] for name in names], rel=1e-3, abs=0.5)
+
+    loaded, checkpoint = runs.load_checkpoint(run)
     x = torch.rand(2, 784)
     assert torch.equal(loaded.reconstruct(x), model.reconstruct(x))
-
-
-def test_denormals_are_flushed(tmp_path: Path):
-    """Multiplying them takes many times longer, and Adam makes many of them."""
-    if not torch.set_flush_denormal(False):
-        pytest.skip("this CPU can't")
-    train.train(**SMALL, epochs=1, out_dir=str(tmp_path))
-    assert torch.all(torch.full((64,), 1e-30) * 1e-10 == 0)
-
-
-def test_what_is_tested_is_what_is_kept(tmp_path: Path):
-    """The last row's test loss is that of the saved model, not of the weights that Adam left."""
-    model, history, run = train.train(**SMALL, epochs=3, lr=1e-2, out_dir=str(tmp_path))
-    test_set = train.measure.make_test_set(train.load_dataset(), "dynamic")
-    precision = runs.read_checkpoint(run)["options"]["precision"]
-    with train.matmul_precision(precision, "cpu"):
-        found = train.measure.encode(model, test_set)
+    with train.matmul_precision(checkpoint["options"]["precision"], "cpu"):
+        found = train.measure.encode(model, train.measure.make_test_set(train.load_dataset(), "dynamic"))
     assert history[-1]["test_kl"] == pytest.approx(found.kl.mean().item())
-    found = found.reconstruction.mean().item()
-    assert history[-1]["test_reconstruction"] == pytest.approx(found, rel=0.02)  # other draws
+    reconstruction = found.reconstruction.mean().item()
+    assert history[-1]["test_reconstruction"] == pytest.approx(reconstruction, rel=0.02)  # other draws
+    adam = torch.optim.Adam(VAE(784, 16, 3).parameters())
+    adam.load_state_dict(checkpoint["optimizer_state_dict"])
+    assert type(adam.param_groups[0]["lr"]) is float
 
 
 def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable):
-    monkeypatch.undo()  # with the pictures
+    monkeypatch.undo()  # of what keeps pictures from being drawn
     images = torch.randint(0, 256, (90, 12, 13), dtype=torch.uint8)
     labels = torch.arange(90) % 2
     mine = ImageData("mine", ["even", "odd", "neither"], images[:80], labels[:80], images[80:], labels[80:])
@@ -344,26 +322,10 @@ def test_a_data_set_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert {path.name for path in run.iterdir()} == names
     monkeypatch.setattr(train, "draw", lambda *args: None)
     train.resume(run, epochs=4, dataset=mine)
-    _, _, straight = train.train(mine, **options, epochs=4)
-    assert same_weights(run, straight)
     assert "mine" in fails(train.main, "--resume", run, "--epochs", "6")
     assert "mine" in fails(train.evaluate.main, run)
     with pytest.raises(UserError, match="other images"):
         train.resume(run, epochs=6, dataset="mnist-5k")
-
-
-def test_on_epoch_sees_the_model_and_history(tmp_path: Path):
-    seen = []
-    model, _, _ = train.train(
-        **SMALL, epochs=3, out_dir=str(tmp_path), on_epoch=lambda model, history: seen.append((model, len(history)))
-    )
-    assert seen == [(model, 1), (model, 2), (model, 3)]
-
-
-def test_seeds(tmp_path: Path):
-    a, b, c = (train.train(**SMALL, epochs=2, seed=seed, out_dir=str(tmp_path))[2] for seed in (0, 0, 1))
-    assert same_weights(a, b)
-    assert not same_weights(a, c)
 
 
 @pytest.fixture
@@ -375,19 +337,24 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_resumed_is_bit_identical(tmp_path: Path):
-    _, straight_history, straight = train.train(**SMALL, epochs=3, out_dir=str(tmp_path))
-    _, _, run = train.train(**SMALL, epochs=1, out_dir=str(tmp_path))
+@pytest.mark.parametrize("schedule", [{}, {"lr_schedule": "cosine", "kl_warmup": 2.0}])
+def test_a_run_that_is_interrupted_goes_on_to_the_same_end(schedule: dict, tmp_path: Path):
+    def interrupt(model: VAE, history: train.History) -> None:
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    options = SMALL | schedule | {"epochs": 3, "out_dir": tmp_path}
+    _, expected, straight = train.train(**options)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(**options, on_epoch=interrupt)
+    run = tmp_path / "002-mnist-5k-z3"
     assert not same_weights(run, straight)
     torch.manual_seed(123)
-    _, history, resumed = train.resume(run, epochs=3)
+    _, history, resumed = train.resume(run)
     assert resumed == run
     assert same_weights(run, straight)
-
-    def losses(rows: list[dict]) -> list[tuple]:
-        return [(row["epoch"], row["train_loss"], row["test_loss"]) for row in rows]
-
-    assert losses(history) == losses(straight_history)
+    for name in ("epoch", "train_loss", "test_loss"):
+        assert [row[name] for row in history] == [row[name] for row in expected]
     a, b = saved(run)["optimizer_state_dict"]["state"], saved(straight)["optimizer_state_dict"]["state"]
     assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
 
@@ -414,26 +381,6 @@ def test_objective_changes_after_elbo_epochs(tmp_path: Path):
     assert same_weights(straight, first)
 
 
-def test_interrupted_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    options = SMALL | {"lr_schedule": "cosine", "kl_warmup": 2.0, "epochs": 3, "out_dir": str(tmp_path)}
-    _, _, straight = train.train(**options)
-    with monkeypatch.context() as patch:
-        train_epoch = train.train_epoch
-
-        def interrupted(*args: object) -> torch.Tensor:
-            if args[6] == 3:  # the epoch
-                raise KeyboardInterrupt
-            return train_epoch(*args)
-
-        patch.setattr(train, "train_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(**options)
-    run = tmp_path / "002-mnist-5k-z3"
-    assert saved(run)["epoch"] == 2
-    train.resume(run)
-    assert same_weights(run, straight)
-
-
 @pytest.mark.parametrize(
     "batch_size", [100, 1000]
 )  # 1000: one step an epoch, whose loss is finite, but not its weights
@@ -448,114 +395,18 @@ def test_a_loss_that_explodes_leaves_the_epoch_before(batch_size: int, tmp_path:
     runs.load_checkpoint(run)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_nothing_keeps_the_images_after_a_run(compile: bool, tmp_path: Path, monkeypatch, quick_compiler: None):
-    """Neither the data set's nor the copy that is trained on, which fills a GPU: not even a cycle of references."""
-    kept = []
-    training_images = train.training_images
-
-    def recorded(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = training_images(*args)
-        kept.append(StorageWeakRef(images.untyped_storage()))
-        return images, labels
-
-    monkeypatch.setattr(train, "training_images", recorded)
-    images = torch.randint(0, 256, (90, 1, 7, 7), dtype=torch.uint8)
-    labels = torch.arange(90) % 2
-    data = ImageData("mine", ["even", "odd"], images, labels, images.clone(), labels)
-    kept.append(StorageWeakRef(images.untyped_storage()))
-    options = {"hidden_size": 8, "latent_size": 2, "batch_size": 20, "device": "cpu", "mirror": True}
-    gc.collect()
-    gc.disable()
-    try:
-        results = train.train(data, **options, compile=compile, epochs=2, out_dir=tmp_path)
-        assert saved(results[2])["options"]["compile"] == compile
-        assert not kept[0].expired()
-        del results, data, images
-        assert [storage.expired() for storage in kept] == [True, True]
-    finally:
-        gc.enable()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves
 
 
-def test_run_folder(tmp_path: Path):
-    _, history, run = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))
-    assert run == tmp_path / "001-mnist-5k-z3"
-    train.resume(run, epochs=3)
-    with open(run / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert [float(row["test_loss"]) for row in rows][:2] == [row["test_loss"] for row in history]
-
-    checkpoint = saved(run)
-    assert checkpoint["model"] == VAE(784, 16, 3).config
-    assert checkpoint["options"]["dataset"] == "mnist-5k"
-    adam = torch.optim.Adam(VAE(784, 16, 3).parameters())
-    adam.load_state_dict(checkpoint["optimizer_state_dict"])
-    assert type(adam.param_groups[0]["lr"]) is float
-
-
-@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [1, 6]), (11.0, [1, 2, 4, 6])])
-def test_pictures_at_powers_of_two_and_the_end(seconds: float, expected: list[int], tmp_path: Path, monkeypatch):
-    """But not within ten seconds of the last ones, except at the end."""
-    drawn = []
-    clock = iter(range(10**6))
-    monkeypatch.setattr(train, "draw", lambda run, _: drawn.append(len(run.checkpoint["history"])))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: (seconds + 1e-3) * next(clock))
-    train.train(**SMALL, epochs=6, out_dir=str(tmp_path))
-    assert drawn == expected
-
-
-def test_captions_say_after_which_epoch_pictures_were_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    captions = []
-    clock = iter(range(0, 10**6, 11))
-    monkeypatch.setattr(train, "draw", draw)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(train.pictures, "draw_curves", lambda history, caption: captions.append(caption))
-    for name in ("draw_reconstructions", "draw_prior_samples", "save_figure"):
-        monkeypatch.setattr(train.pictures, name, lambda *args: None)
-    train.train(**SMALL, epochs=3, out_dir=tmp_path)
-    assert captions == [f"mnist-5k binarized by sampling, 3 latents, epoch {epoch}" for epoch in (1, 2, 3)]
-
-
-@pytest.mark.parametrize("epochs", [1, 30])
-def test_curves_show_the_history(epochs: int):
+def test_curves_show_the_history():
     columns = ("train_loss", "test_loss", "test_reconstruction", "test_kl")
-    history = [{"epoch": e} | {name: 100 * i + e for i, name in enumerate(columns)} for e in range(1, epochs + 1)]
+    history = [{"epoch": e} | {name: 100 * i + e for i, name in enumerate(columns)} for e in range(1, 31)]
     figure = train.pictures.draw_curves(history, "caption")
     lines = [line for axes in figure.axes for line in axes.lines]
     for line, name in zip(lines, columns, strict=True):
-        assert list(line.get_xdata()) == list(range(1, epochs + 1))
+        assert list(line.get_xdata()) == list(range(1, 31))
         assert list(line.get_ydata()) == [row[name] for row in history]
-
-
-def test_default_epochs_follow_the_data_set(digits: ImageData):
-    options = train.make_options()
-    assert options.resolve(digits).epochs == 150
-    assert options.resolve(replace(digits, name="mnist")).epochs == 20
-
-
-def test_what_a_run_says_first(tmp_path: Path, capsys: pytest.CaptureFixture):
-    _, _, run = train.train(**SMALL, epochs=1, out_dir=tmp_path)
-    encoder = (784 + 1) * 16 + (16 + 1) * 16 + 2 * (16 + 1) * 3
-    decoder = (3 + 1) * 16 + (16 + 1) * 784
-    says = f"mnist-5k: 1,000 training images of 1 x 28 x 28; {encoder + decoder:,} weights on cpu; writing to {run}, "
-    says += "which --resume continues"
-    assert capsys.readouterr().out.startswith(f"{says}\n")
-    train.resume(run, epochs=2)
-    assert capsys.readouterr().out.startswith(f"{says} after epoch 1\n")
-
-
-def test_what_an_epoch_says(tmp_path: Path, capsys: pytest.CaptureFixture):
-    _, (row,), _ = train.train(**SMALL, epochs=1, out_dir=tmp_path)
-    assert row["images_per_second"] * row["seconds"] == pytest.approx(1000)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1"))
-    told = [float(word.replace(",", "")) for word in re.findall(r"[\d,]+\.?\d*", line.removeprefix("epoch 1/1"))]
-    names = ("train_loss", "test_loss", "test_reconstruction", "test_kl", "images_per_second")
-    assert told == pytest.approx([row[name] for name in names], rel=1e-3, abs=0.5)
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -576,12 +427,6 @@ def test_train_loss_is_the_mean_over_the_images(mirror: bool, tmp_path: Path, mo
     assert [row["images_per_second"] * row["seconds"] for row in history] == pytest.approx([num_images] * 2)
 
 
-def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture):
-    for mode in BINARIZE:
-        train.train(**SMALL, epochs=1, binarize=mode, out_dir=str(tmp_path))
-        assert ("no likelihood" in capsys.readouterr().out) == (mode == "none")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -590,27 +435,19 @@ def test_gray_targets_are_labelled(tmp_path: Path, capsys: pytest.CaptureFixture
     ("args", "names"),
     [
         (["--epochs", "0"], "--epochs"),
-        (["--epochs", "2.5"], "--epochs"),
         (["--batch-size", str(10**20)], "--batch-size"),
         (["--lr", "nan"], "--lr"),
-        (["--lr", "inf"], "--lr"),
-        (["--lr", "fast"], "--lr"),
         (["--lr-schedule", "linear"], "--lr-schedule"),
         (["--beta", "-1"], "--beta"),
-        (["--beta", "1e308"], "--beta"),
-        (["--adam-eps", "1e-50"], "--adam-eps"),
         (["--clip-grad-norm", "0"], "--clip-grad-norm"),
-        (["--encoder-layers", "1001"], "--encoder-layers"),
-        (["--activation", "selu"], "--activation"),
         (["--device", "tpu"], "--device"),
         (["--device", "cuda"], "cuda"),
         (["--seed", "-1"], "--seed"),
-        (["--data-dir", ""], "--data-dir"),
         (["--importance-samples", "5"], "iwae"),
         (["--elbo-epochs", "5"], "--elbo-epochs"),
         (["--objective", "iwae", "--beta", "2"], "--beta"),
         (["--objective", "iwae", "--elbo-epochs", "5", "--kl-warmup", "6"], "--kl-warmup"),
-        (["--epoch", "3"], "--epoch"),
+        (["--latnt-size", "3"], "did you mean --latent-size?"),
         (["stray"], "stray"),
     ],
 )
@@ -625,9 +462,6 @@ def test_bad_resume(tmp_path: Path, fails: Callable):
     assert "--epochs" in fails(train.main, "--resume", run, "--epochs", "-3")
     assert "--latent-size" in fails(train.main, "--resume", run, "--latent-size", "3")
     assert "nowhere" in fails(train.main, "--resume", tmp_path / "nowhere")
-
-    (run / "copy.pt").write_bytes((run / "checkpoint.pt").read_bytes())
-    assert "copy.pt" in fails(train.main, "--resume", run / "copy.pt", "--epochs", "2")
 
     whole = saved(run)
     runs.save_checkpoint(run / "checkpoint.pt", whole | {"options": whole["options"] | {"lr": "fast"}})
@@ -652,68 +486,46 @@ def test_a_finished_run_is_written_again(tmp_path: Path, fails: Callable, capsys
     assert "larger --epochs" in fails(train.main, "--resume", run, "--epochs", "1")
 
 
-def test_resumes_on_its_own_images_only(tmp_path: Path):
-    data = train.load_dataset()
-    _, _, run = train.train(**SMALL, epochs=1, out_dir=tmp_path)
-    for part in ("train_images", "test_images"):
-        other = getattr(data, part).clone()
-        other[0, 0, 0] = 1
-        with pytest.raises(UserError, match=f"{run}.*other images"):
-            train.resume(run, dataset=replace(data, **{part: other}), epochs=2)
-    train.resume(run, dataset=data, epochs=2)
-
-
-def test_other_images_under_the_name_of_a_data_set(digits, tmp_path, monkeypatch, fails):
-    """A run on images called mnist-5k is not tested on mnist-5k, or trained on it, but where that is asked for."""
+def test_a_run_takes_no_other_images_or_labels_than_its_own(digits, tmp_path, monkeypatch, fails):
+    """It is not tested on others of the same name either, unless that is asked for."""
     few = train.load_dataset()  # every fifth
     _, _, run = train.train(**SMALL | {"dataset": few}, epochs=1, out_dir=tmp_path)
-    checkpoint, path = saved(run), run / "checkpoint.pt"
-    for module in (train, train.evaluate):
-        monkeypatch.setattr(module, "load_dataset", lambda *args: digits)
-    monkeypatch.setattr(train.evaluate, "draw_all", lambda *args: ())
-    assert "other images" in fails(train.main, "--resume", run, "--epochs=2")
-    assert "other images than those now in mnist-5k" in fails(train.evaluate.main, run)
-    with pytest.raises(UserError, match="other images"):
-        train.evaluate.evaluate_run(run)
-    metrics = train.evaluate.evaluate_run(run, dataset="mnist-5k", nll_samples=1, out_dir=tmp_path)
-    assert metrics["num_images"] == len(digits.test_images)
-    labels = replace(few, train_labels=9 - few.train_labels)
+    images, labels = few.test_images.clone(), few.train_labels
+    images[0, 0, 0] = 1
     moved = replace(
         few,  # the last training image is the first test image now
         train_images=few.train_images[:-1],
-        train_labels=few.train_labels[:-1],
+        train_labels=labels[:-1],
         test_images=torch.cat([few.train_images[-1:], few.test_images]),
-        test_labels=torch.cat([few.train_labels[-1:], few.test_labels]),
+        test_labels=torch.cat([labels[-1:], few.test_labels]),
     )
-    for other, says in ((labels, "other labels"), (moved, "other images")):
-        with pytest.raises(UserError, match=says):
-            runs.check_same_images(checkpoint, other, path)
-    checkpoint.pop("options")
-    with pytest.raises(UserError, match="other images"):
-        runs.check_same_images(checkpoint, digits, path)
+    others = {"images": replace(few, test_images=images), "labels": replace(few, train_labels=9 - labels)}
+    for what, other in (*others.items(), ("images", moved), ("images", digits)):
+        with pytest.raises(UserError, match=f"{run}.*other {what}"):
+            train.resume(run, dataset=other, epochs=2)
+    for module in (train, train.evaluate):
+        monkeypatch.setattr(module, "load_dataset", lambda *args: digits)
+    assert "other images" in fails(train.main, "--resume", run, "--epochs=2")
+    assert "other images" in fails(train.evaluate.main, run)
+    metrics = train.evaluate.evaluate_run(run, dataset="mnist-5k", nll_samples=1, out_dir=tmp_path)
+    assert metrics["num_images"] == len(digits.test_images)
+    train.resume(run, dataset=few, epochs=2)
 
 
-def test_options_take_numpys_numbers_and_paths(tmp_path: Path):
-    options = train.make_options(lr=np.logspace(-4, -2, 3)[1], epochs=np.int64(3), beta=np.float32(2), out_dir=tmp_path)
-    assert (options.lr, options.epochs, options.beta, options.out_dir) == (1e-3, 3, 2.0, str(tmp_path))
-    options = train.make_options(lr=torch.tensor(0.5), epochs=torch.tensor(3), average=np.False_, compile=True)
-    assert (options.lr, options.epochs, options.average, options.compile) == (0.5, 3, False, True)
+def test_options_take_numpys_numbers_and_paths(digits: ImageData, tmp_path: Path):
+    options = train.make_options(lr=np.float32(2), epochs=np.int64(3), average=np.False_, out_dir=tmp_path)
+    assert (options.lr, options.epochs, options.average, options.out_dir) == (2.0, 3, False, str(tmp_path))
     for bad in ({"epochs": True}, {"epochs": 2.5}, {"lr": "fast"}, {"average": 3}, {"device": ["cpu"]}, {"epoch": 3}):
         with pytest.raises(UserError, match=utils.flag(next(iter(bad)))):
             train.make_options(**bad)
+    options = train.make_options()
+    assert options.resolve(digits).epochs == 150
+    assert options.resolve(replace(digits, name="mnist")).epochs == 20
 
 
-def test_unwritable_and_full(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_unwritable(tmp_path: Path, fails: Callable):
     (tmp_path / "file").touch()
     assert "file" in fails(train.main, *SMALL_ARGS, "--epochs=1", "--out-dir", tmp_path / "file")
-
-    def full_disk(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full_disk)
-    message = fails(train.main, *SMALL_ARGS, "--epochs=1", "--out-dir", tmp_path / "runs")
-    assert "checkpoint.pt: No space left" in message
-    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_too_large_for_memory(tmp_path: Path, fails: Callable):
@@ -721,10 +533,9 @@ def test_too_large_for_memory(tmp_path: Path, fails: Callable):
     assert "memory" in message
 
 
-def test_help_lists_every_argument_of_train_and_its_default(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+def test_help_lists_every_argument_of_train_and_its_default(call: Callable, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main()
+        call(train.main, "--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, default in dataclasses.asdict(train.make_options()).items():
@@ -734,7 +545,7 @@ def test_help_lists_every_argument_of_train_and_its_default(monkeypatch: pytest.
     assert [text.index(group) for group in groups] == sorted(text.index(group) for group in groups)
 
 
-def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_command_end_to_end(tmp_path: Path, call: Callable, capsys: pytest.CaptureFixture):
     """Every option set on the command line arrives in the run."""
     given = {
         "dataset": "mnist-5k",
@@ -774,23 +585,26 @@ def test_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         for name, value in given.items()
         if name not in ("average", "compile", "grayscale", "mirror", "image_size")
     ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--no-average", "--no-compile", "--grayscale", "--mirror"])
-    train.main()
+    call(train.main, *args, "--no-average", "--no-compile", "--grayscale", "--mirror")
     run = tmp_path / "runs" / "001-mnist-5k-z2"
     assert saved(run)["options"] == {name: given[name] for name in given.keys() - {"data_dir", "out_dir"}}
-    model, _ = runs.load_checkpoint(run)
+    model, checkpoint = runs.load_checkpoint(run)
     assert len(list(model.decoder.children())) == 4
+    weights = checkpoint["training_weights"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())  # with --no-average
     assert f"python evaluate.py {run}" in capsys.readouterr().out
 
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run), "--epochs", "2"])
-    train.main()
-    assert saved(run)["epoch"] == 2
+    call(train.main, "--resume", run, "--epochs=2", "--precision=medium")
+    assert (saved(run)["epoch"], saved(run)["options"]["precision"]) == (2, "medium")
 
 
 def test_every_option_changes_what_is_learned(tmp_path: Path):
     """In two epochs, because the first update of the average is the weights themselves."""
     _, _, usual = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))
+    _, _, again = train.train(**SMALL, epochs=2, out_dir=str(tmp_path))
+    assert same_weights(usual, again)
     for change in (
+        {"seed": 1},
         {"lr": 1e-2},
         {"lr_schedule": "cosine"},
         {"beta": 2.0},

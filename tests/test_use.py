@@ -1,6 +1,5 @@
 """A trained model put to use: samples as files, what each latent does, the least likely images, runs compared."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import train
 from benchmarks import outliers
 from data import ImageData
 from evaluate import sample_images
-from experiments import conditional, convolutional, vampprior
+from experiments import conditional, vampprior
 from measure import make_test_set
 from model import VAE, DiagonalNormal
 from tests.conftest import thinned
@@ -26,21 +25,12 @@ QUICK = {"epochs": 1, "hidden_size": 16, "latent_size": 3, "batch_size": 100, "d
 
 
 @pytest.fixture(autouse=True)
-def few(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> ImageData:
+def few(digits: ImageData, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> ImageData:
+    """What every command loads."""
     few = thinned(digits, 10)
-    monkeypatch.setattr(train, "draw", lambda *args: None)
     for module in (train, evaluate):
         monkeypatch.setattr(module, "load_dataset", lambda *args: few)
     return few
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def call(*args: str | Path) -> None:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
-        evaluate.main()
-
-    return call
 
 
 def read(folder: Path) -> torch.Tensor:
@@ -54,7 +44,7 @@ def read(folder: Path) -> torch.Tensor:
 
 def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
     model, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
-    call(run, "--samples", 12, "--seed", 5)
+    call(evaluate.main, run, "--samples", 12, "--seed", 5)
     pictures = read(run / "samples")
     assert (pictures.shape, pictures.dtype) == ((12, 28, 28), torch.uint8)
     torch.manual_seed(5)
@@ -62,7 +52,7 @@ def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
     assert (pictures - 255 * expected).abs().max() <= 0.51
     assert str(run / "samples") in fails(evaluate.main, run, "--samples", 3)  # nothing is overwritten
     assert len(list((run / "samples").iterdir())) == 12
-    call(run, "--samples", 2, "--out-dir", tmp_path / "other", "--draw-pixels")
+    call(evaluate.main, run, "--samples", 2, "--out-dir", tmp_path / "other", "--draw-pixels")
     assert set(read(tmp_path / "other" / "samples").unique().tolist()) <= {0, 255}
     assert "conditional" in fails(evaluate.main, run, "--samples", 3, "--label", "7", "--out-dir", tmp_path / "no")
     for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"], ["--samples", 0]):
@@ -73,8 +63,8 @@ def test_samples_of_one_class(few: ImageData, tmp_path: Path, call: Callable, fa
     """evaluate.py finds the classes of the experiments."""
     torch.manual_seed(0)
     model, _, run = train.train("mnist-5k", conditional.ConditionalVAE, **QUICK, out_dir=tmp_path)
-    call(run, "--samples", 20, "--label", "3")
-    call(run, "--samples", 20, "--out-dir", tmp_path / "all")
+    call(evaluate.main, run, "--samples", 20, "--label", "3")
+    call(evaluate.main, run, "--samples", 20, "--out-dir", tmp_path / "all")
     torch.manual_seed(0)
     z = torch.randn(20, 3)
     for folder, y in ((run, torch.full((20,), 3)), (tmp_path / "all", torch.arange(20) % 10)):
@@ -82,26 +72,6 @@ def test_samples_of_one_class(few: ImageData, tmp_path: Path, call: Callable, fa
     message = fails(evaluate.main, run, "--samples", 2, "--label", "eleven", "--out-dir", tmp_path / "none")
     assert "0, 1, 2" in message
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        conditional.ConditionalVAE(36, 10, hidden_size=16, latent_size=3),
-        convolutional.ConvVAE(36, (1, 4, 9), width=2, hidden_size=16, latent_size=3),
-    ],
-    ids=["classes", "shape"],
-)
-def test_samples_of_a_file_with_nothing_but_a_model(model: VAE, tmp_path: Path, call: Callable):
-    """Its config tells how many classes there are to draw in turn, and the shape of images that are not square."""
-    checkpoint = {"model": model.config, "model_state_dict": model.state_dict(), "class": runs.class_name(type(model))}
-    runs.save_checkpoint(tmp_path / "mine.pt", checkpoint)
-    call(tmp_path / "mine.pt", "--samples", 12)
-    torch.manual_seed(0)
-    expected = model.decode(torch.randn(12, 3), torch.arange(12) % 10)
-    pictures = read(tmp_path / "mine" / "samples")
-    assert pictures.shape[1:] == model.config.get("shape", (1, 6, 6))[1:]
-    assert (pictures.flatten(1) - 255 * expected).abs().max() <= 0.51
 
 
 def test_samples_in_colour_that_are_not_square(tmp_path: Path, call: Callable):
@@ -112,7 +82,7 @@ def test_samples_in_colour_that_are_not_square(tmp_path: Path, call: Callable):
     model.log_scale.data[:] = torch.tensor([-7.0, 0.0, 2.0])  # so that channels differ
     checkpoint = runs.read_checkpoint(run)
     runs.save_checkpoint(run / "checkpoint.pt", checkpoint | {"model_state_dict": model.state_dict()})
-    call(run, "--samples", 5)
+    call(evaluate.main, run, "--samples", 5)
     torch.manual_seed(0)
     expected = model.decode(torch.randn(5, 3)).view(5, 3, 4, 6).permute(0, 2, 3, 1)
     assert (read(run / "samples") - 255 * expected).abs().max() <= 0.51
@@ -201,23 +171,6 @@ def test_the_least_likely_are_reconstructed_with_their_labels(few: ImageData, co
     torch.testing.assert_close(images, expected)
 
 
-def test_the_least_likely_are_those_of_highest_nll(few: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    images = few.test_images.clone()
-    images[7] = 255 - images[7]  # nothing like the others
-    strange = ImageData("strange", few.classes, few.train_images, few.train_labels, images, few.test_labels)
-    model, _, _ = train.train(strange, **QUICK | {"epochs": 15, "binarize": "dynamic"}, out_dir=tmp_path)
-    nll = evaluate.evaluate(model, images, nll_samples=20)["per_image"].nll
-    assert max(nll) == nll[7]
-    drawn = []
-    monkeypatch.setattr(
-        pictures, "draw_tiles", lambda images, rows, shape, title, *labels: drawn.append((images, labels))
-    )
-    pictures.draw_least_likely(model, make_test_set(strange, "dynamic"), nll, "")
-    tiles, (_, columns) = drawn[0]
-    assert torch.equal(tiles[0], make_test_set(strange, "dynamic").inputs[7])
-    assert columns == [f"{value:,.0f}" for value in sorted(nll, reverse=True)[:10]]
-
-
 def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypatch: pytest.MonkeyPatch):
     changes = ({}, {"lr": 0.003}, {"seed": 1, "model": conditional.ConditionalVAE})
     for change in changes:
@@ -226,15 +179,11 @@ def test_runs_compared(tmp_path: Path, call: Callable, fails: Callable, monkeypa
     figures = []
     save = pictures.save_figure
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
-    call("--compare", *folders, "--out-dir", tmp_path / "pictures")
+    call(evaluate.main, "--compare", *folders, "--out-dir", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "compared.png").stat().st_size > 10_000
     (legend,) = figures[0].legends
     names = [text.get_text() for text in legend.get_texts()]
-    ends = (
-        "lr 0.0015, seed 0, class VAE",
-        "lr 0.003, seed 0, class VAE",
-        "lr 0.0015, seed 1, class ConditionalVAE",
-    )
+    ends = ("lr 0.0015, seed 0, class VAE", "lr 0.003, seed 0, class VAE", "lr 0.0015, seed 1, class ConditionalVAE")
     assert names == [f"{run.name}: {end}" for run, end in zip(folders, ends, strict=True)]
     history = runs.read_checkpoint(folders[1])["history"]
     shown = {"loss": "test_loss", "reconstruction": "test_reconstruction", "KL": "test_kl"}
@@ -257,10 +206,9 @@ def test_the_area_is_the_share_of_pairs():
     assert outliers.area_under_roc(usual, others) == pytest.approx(expected)
 
 
-def test_what_nll_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_what_nll_tells(tmp_path: Path, call: Callable, capsys: pytest.CaptureFixture):
     _, _, run = train.train("mnist-5k", **QUICK | {"epochs": 10}, out_dir=tmp_path)
-    monkeypatch.setattr(sys, "argv", ["outliers.py", str(run), "--images=50", "--nll-samples=5"])
-    outliers.main()
+    call(outliers.main, run, "--images=50", "--nll-samples=5")
     rows = dict(line[2:-2].rsplit(" | ", 2)[::2] for line in capsys.readouterr().out.splitlines() if " | " in line)
     assert float(rows["inverted"]) > 0.99
 
@@ -269,19 +217,25 @@ def test_what_nll_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 # Encoding
 
 
-def test_encoding_the_test_set(few: ImageData, tmp_path: Path, call: Callable, fails: Callable):
-    model, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
+def test_encoding_what_a_run_would_hold_out(few, tmp_path: Path, call: Callable, fails: Callable, monkeypatch):
+    """Images, labels and draws are those that --hold-out and --seed ask for, and the model hears the labels."""
+    model, _, run = train.train("mnist-5k", conditional.ConditionalVAE, **QUICK, out_dir=tmp_path)
+    held = few.hold_out(30)
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: few.hold_out(args[3]))
     path = tmp_path / "new" / "encoded.npz"
-    call(run, "--save", path, "--nll-samples", 4)
+    call(evaluate.main, run, "--save", path, "--hold-out", 30, "--seed", 7, "--nll-samples", 4)
     arrays = np.load(path, allow_pickle=False)
-    test_set = make_test_set(few, "dynamic")
-    _, logvar, mu = model.requires_grad_(False).encode(test_set.inputs)
-    torch.testing.assert_close(torch.from_numpy(arrays["mu"]), mu, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(torch.from_numpy(arrays["logvar"]), logvar, atol=1e-5, rtol=1e-4)
-    assert arrays["label"].tolist() == [str(label) for label in few.test_labels.tolist()]
-    metrics = evaluate.evaluate(model, few.test_images, nll_samples=4)
-    assert arrays["nll"].mean() == pytest.approx(metrics["nll"])
-    assert arrays["neg_elbo"].mean() == pytest.approx(metrics["neg_elbo"], rel=0.02)  # of other draws
+    assert arrays["label"].tolist() == [str(label) for label in held.test_labels.tolist()]
+    q = model.requires_grad_(False).posterior(make_test_set(held, "dynamic").inputs, held.test_labels)
+    torch.testing.assert_close(torch.from_numpy(arrays["mu"]), q.mu, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(arrays["logvar"]), q.logvar, atol=1e-5, rtol=1e-4)
+    expected, other = (
+        evaluate.evaluate(model, held.test_images, nll_samples=4, seed=seed, labels=held.test_labels)["per_image"]
+        for seed in (7, 0)
+    )
+    for name in ("neg_elbo", "nll", "effective_samples"):
+        assert arrays[name] == pytest.approx(getattr(expected, name).numpy())
+        assert arrays[name] != pytest.approx(getattr(other, name).numpy())
     before = path.read_bytes()
     assert "exists" in fails(evaluate.main, run, "--save", path)
     assert path.read_bytes() == before
@@ -300,7 +254,7 @@ def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, ca
             path = source / "abc"[i % 3] / f"{i:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    call(run, "--save", tmp_path / "all.npz", "--dataset", source, "--binarize", "none")
+    call(evaluate.main, run, "--save", tmp_path / "all.npz", "--dataset", source, "--binarize", "none")
     arrays = np.load(tmp_path / "all.npz", allow_pickle=False)
     numbers = [int(name.removesuffix(".png").rpartition("/")[2]) for name in arrays["name"]]
     assert sorted(numbers) == list(range(25))
@@ -311,39 +265,3 @@ def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, ca
     np.savez(tmp_path / "small.npz", images=images[:, :9, :9])
     assert "784" in fails(evaluate.main, run, "--save", tmp_path / "no.npz", "--dataset", tmp_path / "small.npz")
     assert not (tmp_path / "no.npz").exists()
-
-
-def test_encoding_what_a_run_would_hold_out(few: ImageData, tmp_path: Path, call: Callable, monkeypatch):
-    """Images, labels and draws are those that --hold-out and --seed ask for, and the model hears the labels."""
-    model, _, run = train.train("mnist-5k", conditional.ConditionalVAE, **QUICK, out_dir=tmp_path)
-    held = few.hold_out(30)
-    places = []
-    monkeypatch.setattr(evaluate, "load_dataset", lambda *args: places.append(args[1]) or few.hold_out(args[3]))
-    words = ["--data-dir", tmp_path, "--hold-out", 30, "--seed", 7, "--nll-samples", 4]
-    call(run, "--save", tmp_path / "held.npz", *words)
-    assert places == [str(tmp_path)]
-    arrays = np.load(tmp_path / "held.npz")
-    assert arrays["label"].tolist() == [str(label) for label in held.test_labels.tolist()]
-    mu = model.posterior(make_test_set(held, "dynamic").inputs, held.test_labels).mean.detach()
-    torch.testing.assert_close(torch.from_numpy(arrays["mu"]), mu, atol=1e-5, rtol=1e-4)
-    found, other = (
-        evaluate.evaluate(model, held.test_images, nll_samples=4, seed=seed, labels=held.test_labels)["per_image"]
-        for seed in (7, 0)
-    )
-    assert arrays["neg_elbo"] == pytest.approx(found.neg_elbo.numpy())
-    assert arrays["nll"] == pytest.approx(found.nll.numpy())
-    assert arrays["effective_samples"] == pytest.approx(found.effective_samples.numpy())
-    assert arrays["nll"] != pytest.approx(other.nll.numpy())
-
-
-def test_colour_is_encoded_in_gray_by_a_gray_model(few: ImageData, tmp_path: Path, call: Callable):
-    _, _, run = train.train("mnist-5k", **QUICK, out_dir=tmp_path)
-    red, green, blue = few.test_images[:60].view(3, 20, 28, 28).numpy()
-    gray = (0.299 * red + 0.587 * green + 0.114 * blue).round().astype(np.uint8)
-    found = []
-    for name, images in (("colour", np.stack([red, green, blue], -1)), ("gray", gray)):
-        np.savez(tmp_path / f"{name}.npz", images=images)
-        codes = tmp_path / f"{name}-codes.npz"
-        call(run, "--save", codes, "--dataset", tmp_path / f"{name}.npz", "--binarize", "none")
-        found.append(np.load(codes)["mu"])
-    assert np.abs(found[0] - found[1]).max() < 0.01

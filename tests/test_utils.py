@@ -64,14 +64,11 @@ SMALL = {"model": {"input_size": 4}, "model_state_dict": VAE(4).state_dict()}
     [
         {"model": {"input_size": 4}},
         SMALL | {"model": {"input_size": 4, "depth": 3}},
-        SMALL | {"model": {"input_size": 4, "encoder_layers": "2"}},
         SMALL | {"model": {"input_size": 5}},
         SMALL | {"model": [4, 2, 1]},
-        SMALL | {"model_state_dict": {}},
         SMALL | {"model_state_dict": 3},
         SMALL | {"model_state_dict": dict.fromkeys(VAE(4).state_dict(), 0)},
         [1, 2, 3],
-        7,
     ],
 )
 def test_not_a_checkpoint(content: object, tmp_path: Path):
@@ -94,7 +91,6 @@ def test_run_folders_count_on(tmp_path: Path):
         (out_dir / name).mkdir()
     assert runs.new_run_folder(out_dir, "mnist", 20) == out_dir / "1000-mnist-z20"
     assert runs.new_run_folder(out_dir, "../a/b\\c\n", 2) == out_dir / "1001-.._a_b_c_-z2"
-    assert runs.new_run_folder(out_dir, "é" * 1000, 2).parent == out_dir
 
     with pytest.raises(UserError, match="train one"):
         runs.checkpoint_path(out_dir)
