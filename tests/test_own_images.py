@@ -250,14 +250,6 @@ def test_half_a_split_is_not_a_class(names: list[str], says: str, tmp_path: Path
     assert f"{tmp_path / 'data' / says}" in message
 
 
-def test_classes_whose_names_only_look_like_a_split(tmp_path: Path):
-    names = ["contest", "interval", "latest", "train_station", "training_shoe", "valley"]
-    for name in names:
-        for i in range(3):
-            save_picture(tmp_path / name / f"{i}.png")
-    assert load_dataset(str(tmp_path)).classes == names
-
-
 @pytest.mark.parametrize(
     ("train_class", "test_class", "classes"),
     [("cat/", "", ["cat", "unlabelled"]), ("", "cat/", ["cat", "unlabelled"]), ("", "", ["mine"])],
@@ -270,18 +262,6 @@ def test_labels_are_not_needed(train_class: str, test_class: str, classes: list,
     assert dataset.classes == classes
     for labels, name in ((dataset.train_labels, train_class), (dataset.test_labels, test_class)):
         assert [classes[label] for label in labels] == [name.rstrip("/") or classes[-1]] * 4
-
-
-def test_dark_images_get_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture):
-    random = np.random.default_rng(0)
-    np.savez(tmp_path / "bits.npz", images=(random.random((40, 12, 12)) < 0.3).astype(np.uint8))
-    np.savez(tmp_path / "dark.npz", images=random.integers(0, 65, (40, 12, 12), dtype=np.uint8))
-    load_dataset(str(tmp_path / "bits.npz"))
-    warning = capsys.readouterr().err
-    assert "is 1 of 255" in warning
-    assert warning.count("\n") == 1
-    load_dataset(str(tmp_path / "dark.npz"))
-    assert capsys.readouterr().err == ""
 
 
 def test_all_kinds_of_pictures_are_read_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
