@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.colors import to_rgb
 from torch.distributions import Bernoulli, Independent, Normal
 
 import evaluate
@@ -263,11 +262,6 @@ def test_latent_space_shows_the_posterior_means(latent_size: int, digits: ImageD
         (color,) = colors[digits.test_labels == label].unique(dim=0)
         torch.testing.assert_close(color, torch.tensor(dot.get_facecolor())[0, :3])
     assert len(colors.unique(dim=0)) == 10
-
-
-def test_many_classes_have_colours_of_their_own():
-    for number in (1, 10, 11, 60):
-        assert len(set(map(tuple, map(to_rgb, pictures.class_colors(number))))) == number
 
 
 # ---------------------------------------------------------------------------------------------------------------------

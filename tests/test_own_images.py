@@ -249,14 +249,6 @@ def test_half_a_split_is_not_a_class(names: list[str], says: str, tmp_path: Path
     assert f"{tmp_path / 'data' / says}" in message
 
 
-def test_classes_whose_names_only_look_like_a_split(tmp_path: Path):
-    names = ["contest", "interval", "latest", "train_station", "training_shoe", "valley"]
-    for name in names:
-        for i in range(3):
-            save_picture(tmp_path / name / f"{i}.png")
-    assert load_dataset(str(tmp_path)).classes == names
-
-
 @pytest.mark.parametrize(
     ("train_class", "test_class", "classes"),
     [("cat/", "", ["cat", "unlabelled"]), ("", "cat/", ["cat", "unlabelled"]), ("", "", ["mine"])],

@@ -145,18 +145,6 @@ def test_nll_compiled_is_nll(kind: type[VAE], small: ImageData, monkeypatch: pyt
     assert [value.shape for value in calls] == [(2, 50)] * 4  # of 50 + 50 + 20 images and 20 + 20 + 5 samples
 
 
-def test_nll_that_cannot_be_compiled(small: ImageData, monkeypatch: pytest.MonkeyPatch, quick_compiler: None, capsys):
-    class Deciding(SmallVAE):
-        def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-            return super().likelihood(z * (1 if z.sum().item() else 2), y)
-
-    model, test_set = Deciding(), measure.make_test_set(small, "dynamic")
-    expected, _ = measure.estimate_nll(model, test_set, 20)
-    monkeypatch.setattr(measure, "is_worth_compiling", lambda *_: True)
-    assert torch.equal(measure.estimate_nll(model, test_set, 20)[0], expected)
-    assert capsys.readouterr().err.count("nll is not compiled") == 1
-
-
 @each(MixturePrior, Conditional, Gray, Logistic)
 @pytest.mark.usefixtures("short_chains")
 def test_pictures_and_loading(kind: type[VAE], small: ImageData, tmp_path: Path):
@@ -300,22 +288,3 @@ def test_a_model_for_other_images_is_refused(small: ImageData, tmp_path: Path):
         with pytest.raises(UserError, match=says):
             train.train(small, model, **OPTIONS, **options, epochs=1, out_dir=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_class_is_made_for_the_data_and_a_model_is_trained_itself(small: ImageData, tmp_path: Path):
-    class Made(VAE):
-        @classmethod
-        def for_data(cls, dataset: ImageData, options: train.Options) -> "Made":
-            model = super().for_data(dataset, options)
-            model.shade = dataset.train_images.float().mean().item()
-            return model
-
-    options = OPTIONS | {"epochs": 1, "out_dir": tmp_path}
-    made, _, first = train.train(small, Made, **options, hidden_size=16, latent_size=2)
-    assert made.shade == small.train_images.float().mean().item()
-    _, _, run = train.train(small, **options, hidden_size=16, latent_size=2)
-    assert same_weights(run, first)
-    mine = SmallVAE()
-    returned, _, run = train.train(small, mine, **options)
-    assert returned is mine
-    assert runs.read_checkpoint(run)["options"]["hidden_size"] == 16

@@ -240,14 +240,6 @@ def test_initialize(digits: ImageData):
     torch.testing.assert_close(model.decode(torch.zeros(20)).detach(), mean, rtol=1e-4, atol=1e-6)
 
 
-def test_the_learning_rate_of_burda_2016():
-    """It falls by 10^(1/7) after 3^0, 3^1, ... 3^7 epochs (section 5)."""
-    options = train.make_options(lr=2.0)
-    expected = [2 * 10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
-    rates = [burda2016.learning_rate(epoch + 0.99, options) for epoch in range(3280)]
-    assert rates == pytest.approx(expected)
-
-
 def test_iwae_objective_is_the_bound_of_torch_distributions(digits: ImageData):
     """Adam goes down the gradient of -log mean w of the K draws; what is reported is the mean of their -log w."""
     eps = 1e10  # with which Adam's first step is lr / eps times the gradient
