@@ -7,9 +7,7 @@ import os
 import re
 import socket
 import sys
-import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,6 +30,7 @@ MNIST_5K = Path(__file__).parent / "assets" / "mnist-5k.npz"
 # Folders for training or testing, such as Training, val2017 or x-train, which are never classes; and hidden files
 SPLIT = re.compile(r"(?:.*[-_ ])?(train|test|val)(?:ing|id|idation)?[-_ ]?(?:set|data|images|\d*)", re.IGNORECASE)
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class DataUnavailable(UserError):
@@ -52,8 +51,6 @@ class ImageData:
     test_names: list[str] | None = None  # of the test images' files, where there are files
 
     def __post_init__(self) -> None:
-        if not all(isinstance(text, str) for text in (self.name, *self.classes)):
-            raise UserError("the names of a data set and of its classes must be strings")
         for part in ("train", "test"):
             images = getattr(self, f"{part}_images")
             labels = getattr(self, f"{part}_labels")
@@ -110,7 +107,7 @@ class ImageData:
 
 
 def load_dataset(
-    name: str = "auto",
+    name: str | Path = "auto",
     data_dir: str | Path = "data",
     image_size: int | None = None,
     hold_out: int = 0,
@@ -124,6 +121,8 @@ def load_dataset(
     take the test set's place, and the test set is not read. channels=1 turns colour into gray, channels=3 gray into
     RGB. Raises UserError for a damaged file or an unknown name, DataUnavailable for a failed download.
     """
+    if not isinstance(name, str | Path):
+        raise UserError(f"dataset must be a name, a path or ImageData, not {type(name).__name__}")
     if image_size and (name in DATASETS or Path(name).is_file()):
         raise UserError(f"--image-size is for a folder of images: those of {name} keep their size")
 
@@ -147,12 +146,6 @@ def load_dataset(
     return dataset
 
 
-def check_kind(dataset: Any) -> None:
-    """Raises UserError unless a data set is given by name, by path or as ImageData."""
-    if not isinstance(dataset, str | Path | ImageData):
-        raise UserError(f"dataset must be a name, a path or ImageData, not {type(dataset).__name__}")
-
-
 def to_channels(images: Tensor, channels: int | None) -> Tensor:
     """Converts (N, C, H, W) uint8 to gray (1 channel, ITU-R 601 luminance) or to RGB (3). None leaves it as it is."""
     if channels == 1 and images.shape[1] == 3:
@@ -172,23 +165,15 @@ def channels_first(images: Tensor) -> Tensor | None:
 
 def load_named(name: str, data_dir: Path, hold_out: int) -> ImageData:
     """Loads one of DATASETS. With hold_out, the training images may stand in the test set's place until held out."""
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir} is a file, not a folder")
     if name != "mnist-5k":
         try:
             return load_from_torchvision("mnist" if name == "auto" else name, data_dir, hold_out)
         except DataUnavailable as reason:
             if name == "mnist":
-                raise DataUnavailable(
-                    f"{reason}; --dataset mnist-5k, the bundled digits, needs no download"
-                ) from reason
+                raise DataUnavailable(f"{reason}; --dataset mnist-5k needs no download") from reason
             if name != "auto":
                 raise
-            print(
-                f"warning: {reason}. Using mnist-5k, the bundled 5,000 + 1,000 digits; results differ from those on "
-                "the full MNIST",
-                file=sys.stderr,
-            )
+            print(f"warning: {reason}. Using the 6,000 digits of mnist-5k, so results differ", file=sys.stderr)
     with np.load(MNIST_5K) as arrays:
         keys = ("train_images", "train_labels", "test_images", "test_labels")
         parts = [torch.from_numpy(arrays[key]) for key in keys]
@@ -240,10 +225,7 @@ def load_from_torchvision(name: str, data_dir: Path, hold_out: int) -> ImageData
 
 
 def read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -> Any:
-    """Downloads only if files are missing, so that damaged files are reported as such.
-
-    Downloads into a folder of its own and then moves the whole files, so several commands can start at once.
-    """
+    """Downloads only what is missing. torchvision downloads damaged files of cifar10 and svhn again."""
     try:
         return construct(str(data_dir))
     except RuntimeError as error:
@@ -252,14 +234,7 @@ def read_or_download(construct: Callable[..., Any], name: str, data_dir: Path) -
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets none and would wait forever behind some firewalls
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-            construct(folder, download=True)
-            for file in [path for path in Path(folder).rglob("*") if path.is_file()]:
-                whole = data_dir / file.relative_to(folder)
-                whole.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, whole)
-        return construct(str(data_dir))
+        return construct(str(data_dir), download=True)
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of the last mirror
         raise DataUnavailable(
@@ -277,7 +252,8 @@ class Pictures(NamedTuple):
     """All images of a folder or an .npz file, in order."""
 
     images: Tensor  # (N, C, H, W) uint8
-    labels: list[Any]  # the class of each
+    labels: Tensor  # (N,) int64
+    classes: list[str]  # the labels' names
     names: list[str]  # paths in the folder, or places in the file
     is_test: Tensor  # (N,): whether each is for testing
 
@@ -285,7 +261,7 @@ class Pictures(NamedTuple):
 def read_pictures(path: Path, image_size: int, channels: int | None = None) -> Pictures:
     """Reads a folder or an .npz file. Arguments are load_dataset's. Raises UserError for other paths."""
     if path.is_dir():
-        pictures = read_folder(path.resolve(), printable(path.resolve().name), image_size, channels)
+        pictures = read_folder(path.resolve(), image_size, channels)
     elif path.suffix == ".npz" and path.is_file():
         pictures = read_npz(path)
     else:
@@ -298,29 +274,20 @@ def read_pictures(path: Path, image_size: int, channels: int | None = None) -> P
 
 def load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
     """Reads a folder or an .npz file. Sets about a tenth of the images aside for testing unless a folder is split."""
-    images, labels, names, is_test = read_pictures(path, image_size, channels)
-    name = printable(path.resolve().name if path.is_dir() else path.stem)
+    images, labels, classes, names, is_test = read_pictures(path, image_size, channels)
+    name = path.resolve().name if path.is_dir() else path.stem
     num_test = int(is_test.sum())
     if not 2 <= num_test <= len(images) - 2:
         raise UserError(
             f"{path} holds {len(images)} images, {num_test} of them for testing: training and testing need at least "
             "two each"
         )
-    classes, labels = np.unique(labels, return_inverse=True)
-    labels = torch.from_numpy(labels).long()
     parts = images[~is_test], labels[~is_test], images[is_test], labels[is_test]
     brightest = int(parts[0].max())
     if brightest < 64 and rank_and_ranks()[0] == 0:
-        remedy = (
-            "multiply by 255" if brightest == 1 else "scale them so that white is 255, or 65,535 in 16-bit pictures"
-        )
-        print(
-            f"warning: the training images of {name} are almost black: their brightest value is {brightest} of 255; "
-            f"{remedy}",
-            file=sys.stderr,
-        )
+        print(f"warning: {name} is almost black: its brightest value is {brightest} of 255", file=sys.stderr)
     test_names = [names[i] for i in is_test.nonzero().flatten().tolist()]
-    return ImageData(name, list(map(str, classes)), *parts, test_names=test_names)
+    return ImageData(name, classes, *parts, test_names=test_names)
 
 
 def choose_test_images(names: Iterable[bytes]) -> Tensor:
@@ -331,35 +298,35 @@ def choose_test_images(names: Iterable[bytes]) -> Tensor:
     return is_test if is_balanced else hashes <= hashes.sort().values[:2].max()
 
 
-def read_folder(folder: Path, name: str, size: int, channels: int | None) -> Pictures:
-    """Reads a folder's pictures, whose class is `name` if it has no folders, and prints what it read."""
+def read_folder(folder: Path, size: int, channels: int | None) -> Pictures:
+    """Reads a folder's pictures and prints what it read. Without folders in it, its name is the only class."""
     halves = find_halves(folder)
     found = [find_pictures(half) for half in halves]
     classes = found[0] | found[-1]
     pictures = list(classes)
     images = read_files(pictures, size)
     if rank_and_ranks()[0] == 0:
-        colour = "in gray" if images.shape[1] == 1 else "converted to gray" if channels == 1 else "in colour"
-        others = sorted({*find_files(folder)} - {*pictures, *halves})
-        patterns = Counter(path.with_name(f"*{path.suffix}" if path.suffix else path.name) for path in others)
-        examples = ", ".join(printable(pattern.relative_to(folder)) for pattern, _ in patterns.most_common(3))
-        left_out = f"; {len(others):,} left out, such as {examples}" if others else ""
+        if images.shape[1] == 1:
+            colour = "in gray"
+        elif channels == 1:
+            colour = "converted to gray"
+        else:
+            colour = "in colour"
         print(
-            f"{printable(folder)}: {len(images):,} pictures {colour}, cropped square at the centre and resized to "
-            f"{size} x {size}{left_out}"
+            f"{folder}: {len(images):,} pictures {colour}, cropped square at the centre and resized to {size} x {size}"
         )
     if len(halves) == 2:
         is_test = torch.arange(len(images)) >= len(found[0])
     else:
         is_test = choose_test_images(os.fsencode(path.relative_to(folder).as_posix()) for path in pictures)
-    names = [printable(path.relative_to(folder).as_posix()) for path in pictures]
-    no_class = "unlabelled" if any(classes.values()) else name  # the one if only one half of a split has classes
-    return Pictures(images, [printable(label or no_class) for label in classes.values()], names, is_test)
+    names = [path.relative_to(folder).as_posix() for path in pictures]
+    no_class = "unlabelled" if any(classes.values()) else folder.name  # the one if only one half of a split has classes
+    return Pictures(images, *number_classes([label or no_class for label in classes.values()]), names, is_test)
 
 
 def find_halves(folder: Path) -> list[Path]:
     """A folder's training and test (or else validation) folders, or the folder itself if it lacks one of them."""
-    folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]
+    folders = [path for path in sorted(folder.iterdir(), reverse=True) if path.is_dir()]  # of two, the first wins
     by_kind = {match[1].lower(): path for path in folders if (match := SPLIT.fullmatch(path.name))}
     train = by_kind.get("train")
     test = by_kind.get("test", by_kind.get("val"))
@@ -368,35 +335,20 @@ def find_halves(folder: Path) -> list[Path]:
 
 def find_pictures(folder: Path) -> dict[Path, str]:
     """A folder's pictures, at any depth, and the class of each: one of the folders in it, or "" if it has none."""
-    kinds = Image.registered_extensions().items()
-    suffixes = {suffix for suffix, kind in kinds if Image.MIME.get(kind, "").startswith("image/")}
-    paths = [path for path in find_files(folder) if path.suffix.lower() in suffixes]
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    paths = [path for path in paths if not HIDDEN.search(path.relative_to(folder).as_posix())]
     if not paths:
-        raise UserError(f"{printable(folder)} is not a folder of images: it holds none that PIL reads")
+        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     inside = [path.relative_to(folder).parts[:-1] for path in paths]  # the folders that each is in
     for path, folders in zip(paths, inside, strict=True):
         if any(map(SPLIT.fullmatch, folders)):
             raise UserError(
-                f"{printable(path.parent)} is named like part of a split, not like a class: --dataset must hold one "
-                "folder for training and one for testing, or only classes"
+                f"{path.parent} is named like half of a split: --dataset must hold one folder for training and one for "
+                "testing, or only classes"
             )
         if not folders and any(inside):
-            raise UserError(
-                f"{printable(folder)} holds folders, which would be classes, and images beside them, such as "
-                f"{printable(path)}"
-            )
+            raise UserError(f"{folder} holds folders, which would be classes, and images beside them, such as {path}")
     return {path: folders[0] if folders else "" for path, folders in zip(paths, inside, strict=True)}
-
-
-def find_files(folder: Path) -> list[Path]:
-    """All files in a folder that are not hidden, at any depth, and links to folders, which are not followed."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path for path in paths if not HIDDEN.search(path.relative_to(folder).as_posix()))
-
-
-def printable(name: str | Path) -> str:
-    """A file's name, with escapes for what is not UTF-8."""
-    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def read_files(paths: list[Path], size: int) -> Tensor:
@@ -409,9 +361,7 @@ def read_files(paths: list[Path], size: int) -> Tensor:
                 image.copy_(torch.from_numpy(to_square(picture, size)).permute(2, 0, 1))
         except Exception as error:  # PIL does not document what it raises
             raise_unless_damaged(error)
-            raise UserError(
-                f"{printable(path)} is damaged or not an image ({one_line(error)}): fix or remove it"
-            ) from error
+            raise UserError(f"{path} is damaged or not an image ({one_line(error)}): fix or remove it") from error
     is_gray = (images == images[:, :1]).all()
     return images[:, :1].contiguous() if is_gray else images
 
@@ -445,13 +395,19 @@ def read_npz(path: Path) -> Pictures:
     if images is None:
         shapes = "(N, H, W), (N, H, W, 3) or (N, 3, H, W)"
         raise UserError(f"{path}: images must be {shapes} of type uint8, not {array.shape} of type {array.dtype}")
-    labels = arrays.get("labels", np.full(len(images), printable(path.stem)))
+    labels = arrays.get("labels", np.full(len(images), path.stem))
+    if labels.dtype.kind == "S":
+        labels = labels.astype(str)
     if labels.shape != images.shape[:1]:
         raise UserError(f"{path}: labels must be ({len(images)},), one per image, not {labels.shape}")
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8", "backslashreplace")
     names = list(map(str, range(len(images))))
-    return Pictures(images, labels.tolist(), names, choose_test_images(map(str.encode, names)))
+    return Pictures(images, *number_classes(labels), names, choose_test_images(map(str.encode, names)))
+
+
+def number_classes(names: list[str] | np.ndarray) -> tuple[Tensor, list[str]]:
+    """The class of each image, by its name -> labels (N,) int64, and the sorted names that they stand for."""
+    classes, labels = np.unique(names, return_inverse=True)
+    return torch.from_numpy(labels).long(), list(map(str, classes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,17 +415,17 @@ def read_npz(path: Path) -> Pictures:
 
 
 def inputs_and_targets(
-    images: Tensor, binarize: str, generator: torch.Generator | None = None, bits: Tensor | None = None
+    images: Tensor, binarize: str, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turns uint8 images into float input and target, both in [0, 1] and of the same shape.
 
-    dynamic: both are one Bernoulli sample with the gray values as probabilities (Burda et al. 2016), from the generator
-    or from bits that draw_bits made. threshold: gray input, target gray > 0.5. none: both gray, for which a Bernoulli
-    is not a likelihood. Raises ValueError for another mode, and UserError as check_bytes does.
+    dynamic: both are one Bernoulli sample with the gray values as probabilities (Burda et al. 2016). threshold: gray
+    input, target gray > 0.5. none: both gray, for which a Bernoulli is not a likelihood. Raises UserError for another
+    mode, and as check_bytes does.
     """
     check_bytes(images, "images")
     if binarize == "dynamic":
-        uniform = (draw_bits(images.shape, images.device, generator) if bits is None else bits) + 2.0**15
+        uniform = draw_bits(images.shape, images.device, generator) + 2.0**15
         sample = torch.empty(images.shape, device=images.device)
         torch.lt(uniform, images * (2**16 / 255), out=sample)  # 0 is never on, and 255 always
         return sample, sample
@@ -478,7 +434,7 @@ def inputs_and_targets(
         return gray, (gray > 0.5).float()
     if binarize == "none":
         return gray, gray
-    raise ValueError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize!r}")
+    raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize!r}")
 
 
 def check_bytes(images: Any, what: str) -> None:

@@ -27,7 +27,6 @@ from data import (
     BINARIZE,
     DATASETS,
     ImageData,
-    check_kind,
     inputs_and_targets,
     load_dataset,
     read_pictures,
@@ -40,7 +39,6 @@ from measure import (
     evaluate,
     in_eval_mode,
     make_test_set,
-    measure_all,
     to_test_set,
     usual_binarize,
 )
@@ -73,17 +71,17 @@ class OpenedRun:
 
         Raises UserError if the images do not fit the model, or the run's own have changed.
         """
-        check_kind("auto" if dataset is None else dataset)
         is_the_runs = dataset is None and hold_out is None
         if hold_out is None:
             hold_out = 0 if isinstance(dataset, str | Path) else self.options.get("hold_out", 0)
         if isinstance(dataset, ImageData):
             data = dataset.hold_out(hold_out or dataset.num_held_out)
         else:
-            name = str(dataset or self.options.get("dataset", "auto"))
+            name = self.options.get("dataset", "auto") if dataset is None else dataset
             if dataset is None:
                 runs.check_place(name, self.path)
-            image_size = self.image_size if name not in DATASETS and Path(name).is_dir() else None
+            is_folder = isinstance(name, str | Path) and name not in DATASETS and Path(name).is_dir()
+            image_size = self.image_size if is_folder else None
             data = load_dataset(name, data_dir, image_size, hold_out, self.model.config["channels"])
         check_images(self.model, data)
         if is_the_runs:
@@ -120,8 +118,6 @@ def open_run(
     model, checkpoint = runs.load_checkpoint(path, model)
     model = model.to(device)
     binarize = binarize or checkpoint.get("options", {}).get("binarize") or usual_binarize(model)
-    if binarize not in BINARIZE:
-        raise UserError(f"binarize must be one of {', '.join(BINARIZE)}, not {binarize}")
     if out_dir is None:
         # FILE.pt gets a folder of its own, because several may lie in one folder, such as weights/
         out_dir = path.parent if path.name == "checkpoint.pt" else path.with_suffix("")
@@ -224,12 +220,10 @@ def save_encoded(
     else:
         pictures = read_pictures(Path(dataset), opened.image_size, model.config["channels"])
         images = pictures.images
+        y = pictures.labels
+        classes = pictures.classes
         names = pictures.names
-        classes, y = np.unique(pictures.labels, return_inverse=True)
-        y = torch.from_numpy(y).long()
-        if images[0].numel() != model.config["input_size"]:
-            raise UserError(f"the model is for images of {model.config['input_size']} values, not {images[0].numel()}")
-    found = measure_all(model, images, y, opened.binarize, nll_samples, seed)
+    found = evaluate(model, images, opened.binarize, nll_samples, seed, y)["per_image"]
     arrays = {
         "mu": found.mu,
         "logvar": found.logvar,
@@ -237,8 +231,8 @@ def save_encoded(
         "nll": found.nll,
         "effective_samples": found.effective_samples,
     }
-    arrays = {name: values.float().numpy() for name, values in arrays.items() if values is not None}
-    arrays["label"] = np.array([str(classes[i]) for i in y.tolist()])
+    arrays = {name: values.float().cpu().numpy() for name, values in arrays.items() if values is not None}
+    arrays["label"] = np.array([classes[i] for i in y])
     if names:
         arrays["name"] = np.array(names)
     buffer = io.BytesIO()

@@ -1,6 +1,5 @@
 """Metrics of a trained VAE, in nats per image."""
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from step import (
     try_out,
     warn_slower,
 )
-from utils import UserError, one_line, rank_and_ranks
+from utils import UserError, one_line
 
 NLL_SAMPLES = 100
 # How many images and samples nll takes at once: on a CPU, logits that fit its cache; on a GPU, enough to fill it
@@ -42,8 +41,6 @@ class TestSet:
     images: Tensor  # (N, C, H, W) uint8, as they were before
     binarize: str
     classes: Sequence[str] = ()  # the labels' names
-    name: str = ""  # of the data set
-    num_held_out: int = 0  # if not 0, these are training images that were put aside
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,18 +58,17 @@ class TestSet:
 
 
 def make_test_set(dataset: ImageData, binarize: str, device: torch.device | str = "cpu") -> TestSet:
-    """The test images of a data set. Their binarization is the same in every run and on every device."""
-    named = {"classes": dataset.classes, "name": dataset.name, "num_held_out": dataset.num_held_out}
-    return to_test_set(dataset.test_images.to(device), dataset.test_labels.to(device), binarize, **named)
+    """The test images of a data set."""
+    images = dataset.test_images.to(device)
+    labels = dataset.test_labels.to(device)
+    return to_test_set(images, labels, binarize, dataset.classes)
 
 
-def to_test_set(
-    images: Tensor, labels: Tensor, binarize: str, generator: torch.Generator | None = None, **named: Any
-) -> TestSet:
-    """Images (N, C, H, W) uint8 and labels (N,), binarized with a generator (by default, one whose seed is 0)."""
-    generator = generator or torch.Generator().manual_seed(0)
+def to_test_set(images: Tensor, labels: Tensor, binarize: str, classes: Sequence[str] = ()) -> TestSet:
+    """Images (N, C, H, W) uint8 and labels (N,). Their binarization is the same in every run and on every device."""
+    generator = torch.Generator().manual_seed(0)
     inputs, targets = (part.to(images.device) for part in inputs_and_targets(images.cpu(), binarize, generator))
-    return TestSet(inputs, targets, labels, images, binarize, **named)
+    return TestSet(inputs, targets, labels, images, binarize, classes)
 
 
 def usual_binarize(model: VAE) -> str:
@@ -158,7 +154,7 @@ def estimate_nll(
     torch.empty(30 * 2**18)  # after 30 MB are freed, glibc no longer returns memory that is about to be needed again
     device = test_set.inputs.device
     batch_size, samples = BLOCKS[device.type]
-    weigh = weigh or make_weigh(model, test_set, len(test_set.labels), num_samples)
+    weigh = weigh or make_weigh(model, test_set, num_samples)
     batches = list(test_set.batches(batch_size))
     log_sums = []
     precision = nll_precision(model, test_set)
@@ -186,10 +182,10 @@ def sum_weights(log_weights: Tensor) -> Tensor:
 
 
 @in_eval_mode
-def make_weigh(model: VAE, test_set: TestSet, num_images: int, num_samples: int) -> Weigh:
-    """Returns the function that adds up a block's importance weights, compiled if that pays.
+def make_weigh(model: VAE, test_set: TestSet, num_samples: int) -> Weigh:
+    """Returns a function that adds up one block's importance weights. It is compiled if that pays.
 
-    test_set serves as the example, and num_images are to come. The model's weights must not change afterwards.
+    The model's weights must not change afterwards.
     """
     device = test_set.inputs.device
     batch_size, samples = BLOCKS[device.type]
@@ -197,7 +193,7 @@ def make_weigh(model: VAE, test_set: TestSet, num_images: int, num_samples: int)
     def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
         return sum_weights(model.log_importance_weights(q, p, targets, samples, y))
 
-    blocks = num_images // batch_size * (num_samples // samples)
+    blocks = len(test_set.labels) // batch_size * (num_samples // samples)
     if not is_worth_compiling(device, 1, blocks):
         return weigh
     inputs, targets, y = next(test_set.batches(batch_size))
@@ -218,12 +214,14 @@ def nll_precision(model: VAE, test_set: TestSet) -> str:
     return possible_precision(model, next(test_set.batches(2)), precision)
 
 
+@in_eval_mode
 def possible_precision(model: VAE, batch: Sequence[Tensor], precision: str) -> str:
     """That precision, or "medium" after a warning if a distribution has an operation that bfloat16 lacks."""
     if precision == "bfloat16":
-        inputs, targets, y = batch
+        device = next(model.parameters()).device
+        inputs, targets, y = (part.to(device) for part in batch)
         try:
-            with torch.no_grad(), matmul_precision(precision, inputs.device):
+            with matmul_precision(precision, device):
                 q = model.posterior(model.check(inputs), y)
                 p = model.prior(y)
                 model.log_importance_weights(q, p, targets, 2, y)
@@ -248,7 +246,12 @@ def is_likelihood(model: VAE, test_set: TestSet) -> bool:
 
 def is_active(means: Tensor, threshold: float = 0.01) -> Tensor:
     """(N, latent_size) posterior means -> (latent_size,): whether each varies over the images (Burda et al. 2016)."""
-    return means.var(0) > threshold
+    return means.var(0, correction=0) > threshold
+
+
+def standard_error(values: Tensor) -> float:
+    """That of the mean of values (N,); 0 for one value."""
+    return values.std(correction=min(1, len(values) - 1)).item() / math.sqrt(len(values))
 
 
 def bits_per_dim(nats: float, num_values: int) -> float:
@@ -282,7 +285,7 @@ def check_weights(model: VAE) -> None:
 
 
 @in_eval_mode
-def check_model(model: VAE, dataset: ImageData, binarize: str, batch_size: int) -> None:
+def check_model(model: VAE, dataset: ImageData, binarize: str) -> None:
     """Raises UserError if the model is for other images, or one of its distributions has a wrong shape."""
     check_images(model, dataset)
     check_weights(model)
@@ -312,15 +315,6 @@ def check_model(model: VAE, dataset: ImageData, binarize: str, batch_size: int) 
         if value.shape != shape:
             sizes = f"z of shape {tuple(z.shape)} and images of shape {tuple(targets.shape)}"
             raise UserError(f"{name}.{member} has shape {tuple(value.shape)}, not {shape}, for {sizes}")
-    ranks = rank_and_ranks()[1]
-    if batch_size < ranks:
-        raise UserError(f"--batch-size must be {ranks} or more, for as many processes, not {batch_size}")
-    share = min(batch_size, len(dataset.train_images)) // ranks
-    try:
-        copy.deepcopy(model).train().elbo_terms(inputs[:share], targets[:share], y[:share])
-    except ValueError as error:  # a normalization's
-        reason = one_line(error)
-        raise UserError(f"{name} cannot train on batches of {share}: {reason}. Try a larger --batch-size") from error
 
 
 def evaluate(
@@ -333,10 +327,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """All metrics of a model on a TestSet, or on uint8 images (N, ...) and labels (N,) int64. Reseeds PyTorch.
 
-    In nats per image; a name with _se is a standard error over the images, and effective_samples is a median.
-    per_image is a PerImage. nll is None where it would not be a likelihood (is_likelihood), bits_per_dim (of nll) also
-    where targets are binarized, and kl_per_latent where a closed form is missing. binarize defaults to usual_binarize.
-    Raises UserError for bad images.
+    In nats per image. A name with _se is a standard error over the images, effective_samples is a median, and per_image
+    is a PerImage. nll is None where is_likelihood is False. bits_per_dim, which is of nll, is None there and where
+    targets are binarized. kl_per_latent is None without a closed form. binarize defaults to usual_binarize. Raises
+    UserError for bad images.
     """
     if not isinstance(nll_samples, int) or nll_samples < 1:
         raise UserError(f"nll_samples must be a whole number, 1 or more, not {nll_samples}")
@@ -347,7 +341,7 @@ def evaluate(
     num_images = len(found.kl)
     metrics = {
         "neg_elbo": found.neg_elbo.mean().item(),
-        "neg_elbo_se": found.neg_elbo.std().item() / math.sqrt(num_images),
+        "neg_elbo_se": standard_error(found.neg_elbo),
         "reconstruction": found.reconstruction.mean().item(),
         "kl": found.kl.mean().item(),
         "kl_per_latent": None if found.kl_by_latent is None else found.kl_by_latent.mean(0).tolist(),
@@ -364,7 +358,7 @@ def evaluate(
         nll, effective_samples = estimate_nll(model, test_set, nll_samples, seed)
         found = found._replace(nll=nll, effective_samples=effective_samples)
         metrics["nll"] = nll.mean().item()
-        metrics["nll_se"] = nll.std().item() / math.sqrt(num_images)
+        metrics["nll_se"] = standard_error(nll)
         metrics["effective_samples"] = effective_samples.median().item()
         if test_set.binarize == "none":
             metrics["bits_per_dim"] = bits_per_dim(metrics["nll"], model.config["input_size"])
@@ -375,33 +369,10 @@ def test_set_for(model: VAE, images: Tensor, labels: Tensor | None, binarize: st
     """The test set of images and labels for a model. Arguments and errors are evaluate's."""
     check_bytes(images, "images")
     size = model.config["input_size"]
-    if len(images) < 2 or images.dim() < 2 or images[0].numel() != size:
-        raise UserError(f"the images must be two or more of {size} values each, not {tuple(images.shape)}")
+    if images.dim() < 2 or len(images) == 0 or images[0].numel() != size:
+        raise UserError(f"the images must be (N, ...) of {size} values each, not {tuple(images.shape)}")
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
     if not isinstance(labels, Tensor) or labels.shape != (len(images),) or labels.dtype != torch.int64:
         raise UserError(f"the labels must be a tensor ({len(images)},) of type int64, one for each image")
     device = next(model.parameters()).device
     return to_test_set(images.to(device), labels.to(device), binarize or usual_binarize(model))
-
-
-def measure_all(
-    model: VAE, images: Tensor, labels: Tensor, binarize: str, nll_samples: int, seed: int = 0, batch_size: int = 1000
-) -> PerImage:
-    """What evaluate calls per_image, of any number of uint8 images (N, ...) with labels (N,), on the CPU.
-
-    Takes memory for the floats of one batch. Reseeds PyTorch.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    weigh = None
-    parts = []
-    for i, (batch, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
-        test_set = to_test_set(batch.to(device), y.to(device), binarize, generator)
-        torch.manual_seed(seed + i)
-        part = encode(model, test_set)
-        if is_likelihood(model, test_set):
-            weigh = weigh or make_weigh(model, test_set, len(images), nll_samples)
-            nll, effective_samples = estimate_nll(model, test_set, nll_samples, seed + i, weigh)
-            part = part._replace(nll=nll, effective_samples=effective_samples)
-        parts.append(PerImage(*(value if value is None else value.cpu() for value in part)))
-    return concatenate(parts)

@@ -82,10 +82,11 @@ class BernoulliPixels(Independent):
         size = logits.abs()
         normalizer = 1 + torch.exp(-size)
         factors = 1
-        while not torch.is_grad_enabled() and factors < 16 and normalizer.shape[-1] % 2 == 0:
-            first, last = normalizer.chunk(2, -1)
-            normalizer = first * last  # products have fewer logarithms, but slower gradients
-            factors = 2 * factors
+        if not torch.is_grad_enabled():  # products have fewer logarithms, but slower gradients
+            while factors < 16 and normalizer.shape[-1] % 2 == 0:
+                first, last = normalizer.chunk(2, -1)
+                normalizer = first * last
+                factors = 2 * factors
         return ((x - 0.5) * logits - 0.5 * size).sum(-1) - torch.log(normalizer).sum(-1)
 
 
@@ -173,7 +174,7 @@ class LatentZ(nn.Module):
     def posterior(self, hidden: Tensor) -> DiagonalNormal:
         """(B, hidden_size) -> q(z|x).
 
-        Uncapped, one outlier could overflow exp(logvar) and end training.
+        logvar is capped, because one outlier could overflow exp(logvar) and end training.
         """
         weight = torch.cat([self.mu.weight, self.logvar.weight])  # one product is faster than two
         bias = torch.cat([self.mu.bias, self.logvar.bias])

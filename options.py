@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data import BINARIZE, BINARIZED_DATASETS, DATASETS, ImageData
+from measure import usual_binarize
 from model import ACTIVATIONS, LIKELIHOODS, VAE
 from step import PRECISIONS, STEPS_WORTH_COMPILING, choose_precision, is_worth_compiling
 from utils import DEVICES, ArgumentParser, UserError, choose_device, count, flag, number, rank_and_ranks, text
@@ -119,31 +120,35 @@ class Options:
         """The model's arguments that are options."""
         return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
 
-    def resolve(self, dataset: ImageData, model: VAE | None = None) -> "Options":
-        """These options, with what they left open chosen for a data set, and for a model and this machine."""
+    def resolve(self, dataset: ImageData) -> "Options":
+        """Chooses what was left open and depends on the data set."""
         is_binarized = dataset.name in BINARIZED_DATASETS or self.binarize in ("dynamic", "threshold")
-        epochs = self.epochs or (150 if dataset.name == "mnist-5k" else 20)
-        likelihood = self.likelihood or ("bernoulli" if is_binarized else "logistic")
-        options = dataclasses.replace(self, epochs=epochs, likelihood=likelihood, hold_out=dataset.num_held_out)
-        if model is None:
-            return options
+        return dataclasses.replace(
+            self,
+            epochs=self.epochs or (150 if dataset.name == "mnist-5k" else 20),
+            likelihood=self.likelihood or ("bernoulli" if is_binarized else "logistic"),
+            hold_out=dataset.num_held_out,
+        )
+
+    def resolve_for(self, model: VAE, dataset: ImageData) -> "Options":
+        """Chooses what is left open then, which depends on the model and on this machine."""
         device = choose_device(self.device)
         compile = self.compile
         if compile is None:
             num_images = len(dataset.train_images) * (2 if self.mirror else 1)
-            steps = epochs * math.ceil(num_images / self.batch_size)
+            steps = self.epochs * math.ceil(num_images / self.batch_size)
             compile = is_worth_compiling(device, rank_and_ranks()[1], steps)
         return dataclasses.replace(
-            options,
+            self,
             **{name: model.config[name] for name in SIZES if name in model.config},
-            binarize=self.binarize or ("dynamic" if model.config["likelihood"] == "bernoulli" else "none"),
+            binarize=self.binarize or usual_binarize(model),
             compile=compile,
             precision=self.precision or choose_precision(device, self.batch_size, compile),
         )
 
 
 def check(field: dataclasses.Field, value: Any) -> Any:
-    """Returns a value for a field in the field's type. Raises UserError if it is none."""
+    """Returns a value in the field's type. Raises UserError if the field cannot take it."""
     values = field.metadata["values"]
     if isinstance(values, tuple):
         if not (isinstance(value, str) and value in values):

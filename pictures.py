@@ -315,7 +315,7 @@ def class_colors(num_classes: int) -> list[Any]:
 
 
 def one_of_each_class(labels: list[int], count: int, backwards: bool = False) -> list[int]:
-    """The first `count` indices in the order: first (or last) image of each class, second of each, and so on."""
+    """The first `count` indices, taken from the classes in turn: the first image of each, then the second of each."""
     order = range(len(labels))[:: -1 if backwards else 1]
     by_class = ([i for i in order if labels[i] == label] for label in sorted(set(labels)))
     return [i for turn in itertools.zip_longest(*by_class) for i in turn if i is not None][:count]

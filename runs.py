@@ -110,24 +110,25 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] 
     is_new = not isinstance(model, VAE)
     try:
         kind = (model or find_class(name)) if is_new else type(model)
-        # The module's name does not count, because a module may be run as __main__ or imported
-        if name.rpartition(".")[2] != class_name(kind).rpartition(".")[2] or ("." in name) == (kind is VAE):
-            class_of_file = name.rpartition(".")[2]
+        name_in_file = name.rpartition(".")[2]  # without its module, which may be run as __main__ or imported
+        is_subclass_in_file = "." in name
+        if name_in_file != kind.__name__ or is_subclass_in_file != (kind is not VAE):
             raise UserError(
                 f"{path} is of the class {name}, not {class_name(kind)}: name its file with --model "
-                f"FILE.py:{class_of_file}, or call load_checkpoint(path, {class_of_file})"
+                f"FILE.py:{name_in_file}, or call load_checkpoint(path, {name_in_file})"
             )
+        if any(weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes() for weight in weights.values()):
+            raise ValueError("a tensor claims more values than the file holds")
         if is_new:
             if max(config.get("encoder_layers", 1), config.get("decoder_layers", 1)) > len(weights):
                 raise ValueError("it has fewer weights than layers")
             with torch.device("meta"):  # takes no memory, however large the file says the model is
-                model = kind(**config)
+                kind(**config).load_state_dict(weights, assign=True)
+            model = kind(**config)
         for key in sorted(config.keys() & model.config.keys()):
             if config[key] != plain(model.config[key]):
                 raise ValueError(f"its {key} is {config[key]}, not {model.config[key]}")
-        like = model.state_dict()
-        check_tensors(weights, like)
-        model.load_state_dict({name: weights[name].to(like[name].dtype) for name in like}, assign=is_new)
+        model.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this VAE: {one_line(error)[:200]}") from error
     return model.eval()
@@ -166,19 +167,6 @@ def find_class(name: str) -> type[VAE]:
     return VAE
 
 
-def check_tensors(tensors: dict[str, Any], like: dict[str, Tensor]) -> None:
-    """Raises ValueError unless the tensors have the names, shapes and kinds of `like`."""
-    if others := like.keys() ^ tensors.keys():
-        raise ValueError(f"unexpected or missing tensors: {', '.join(sorted(map(str, others)))}")
-    for name, tensor in tensors.items():
-        # A tensor that is not contiguous may repeat one value, and so claim any size
-        is_whole = isinstance(tensor, Tensor) and tensor.is_contiguous() and not tensor.is_meta
-        shape = like[name].shape
-        dtype = like[name].dtype
-        if not is_whole or tensor.shape != shape or tensor.is_floating_point() != dtype.is_floating_point:
-            raise ValueError(f"its {name} is not a tensor of shape {tuple(shape)} and type {dtype}")
-
-
 def class_name(kind: type[VAE]) -> str:
     """How a checkpoint names its class: VAE, or a subclass with its module."""
     return "VAE" if kind is VAE else f"{kind.__module__}.{kind.__qualname__}"
@@ -204,21 +192,15 @@ def checkpoint_path(run: str | Path) -> Path:
 def newest_run(out_dir: str | Path) -> Path:
     """The run folder with the highest number that has a checkpoint, and so has finished an epoch.
 
-    Says so if a newer run has none. Raises UserError if there is no such run.
+    Raises UserError if there is no such run.
     """
-    runs = sorted(numbered_runs(Path(out_dir)), reverse=True)
-    finished = [(number, run) for number, run in runs if (run / "checkpoint.pt").is_file()]
+    finished = [(number, run) for number, run in numbered_runs(Path(out_dir)) if (run / "checkpoint.pt").is_file()]
     if not finished:
         raise UserError(
             f"no checkpoint at {out_dir}, nor in a run there: a run writes its first after an epoch; train one with "
             "python train.py"
         )
-    last = finished[0][0]
-    # A copy of a run has the same number and a longer name
-    newest = min((run for number, run in finished if number == last), key=lambda run: len(run.name))
-    if runs[0][0] > last:
-        print(f"{runs[0][1]} has not finished an epoch yet; taking {newest}", file=sys.stderr)
-    return newest
+    return max(finished)[1]
 
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
@@ -228,18 +210,16 @@ def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:
     out_dir.mkdir(parents=True, exist_ok=True)
     while True:
         number = 1 + max((number for number, _ in numbered_runs(out_dir)), default=0)
-        claim = out_dir / f"{number:03d}"
-        with contextlib.suppress(FileExistsError):  # only one of several runs that start at once makes this folder
-            claim.mkdir()
-            if [run for taken, run in numbered_runs(out_dir) if taken == number] == [claim]:
-                return claim.rename(f"{claim}-{dataset}-z{latent_size}")
-            claim.rmdir()
+        folder = out_dir / f"{number:03d}-{dataset}-z{latent_size}"
+        with contextlib.suppress(FileExistsError):  # another run that starts now may have made it
+            folder.mkdir()
+            return folder
 
 
 def numbered_runs(out_dir: Path) -> list[tuple[int, Path]]:
     """The folders in out_dir whose names begin with a number, and these numbers."""
     runs = out_dir.iterdir() if out_dir.is_dir() else ()
-    return [(int(match[1]), run) for run in runs if (match := re.match(r"(\d+)(-|$)", run.name))]
+    return [(int(match[1]), run) for run in runs if (match := re.match(r"(\d+)-", run.name))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,17 +229,15 @@ def numbered_runs(out_dir: Path) -> list[tuple[int, Path]]:
 def check_place(name: str, path: Path) -> None:
     """Raises UserError if the images that a checkpoint was trained on are no longer where they were."""
     if name not in DATASETS and not Path(name).exists():
-        raise UserError(
-            f"{path} was trained on {name}, which does not exist now: make them again, or name their new place, or "
-            "other images, with --dataset"
-        )
+        raise UserError(f"{path} was trained on {name}, which does not exist now: name its new place with --dataset")
 
 
 def check_same_images(checkpoint: dict[str, Any], dataset: ImageData, path: Path) -> None:
     """Raises UserError if a run was trained on other images or labels, perhaps on those it would be tested on now."""
     for name, checksum in dataset.checksums().items():
         if checkpoint.get(name, checksum) != checksum:
+            kind = "images" if name == "checksum" else "labels"
             raise UserError(
-                f"{path} was trained on other {'images' if name == 'checksum' else 'labels'} than those now in "
-                f"{dataset.name}: pass its own data, or evaluate it on another data set by naming one (--dataset)"
+                f"{path} was trained on other {kind} than those in {dataset.name}, which only evaluate.py takes, if "
+                "--dataset names them"
             )

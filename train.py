@@ -12,7 +12,6 @@ reconstructions and samples. python evaluate.py then measures and shows what the
 import contextlib
 import copy
 import dataclasses
-import inspect
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ import measure
 import pictures
 import runs
 import utils
-from data import DATASETS, ImageData, check_kind, inputs_and_targets, load_dataset
+from data import DATASETS, ImageData, inputs_and_targets, load_dataset
 from model import VAE
 from options import PLACES, RESUMABLE, SIZES, Options, make_options, make_parser, parse_given
 from step import Recorded, Step, Steps, matmul_precision, no_validation
@@ -217,7 +216,7 @@ def update_average(average: VAE, model: VAE, count: int, eta: float = 9) -> None
 def settle_buffers(
     average: VAE, model: VAE, images: Tensor, labels: Tensor, options: Options, batches: int = 20
 ) -> None:
-    """Lets buffers of floats follow from the averaged weights, as batch statistics and spectral_norm's vectors do.
+    """Recomputes buffers of floats, such as batch statistics, with the averaged weights.
 
     Other buffers, such as a count of steps, stay the model's.
     """
@@ -285,9 +284,6 @@ def train(
 
     If resume is the folder of a run, that run continues, as the function resume describes.
     """
-    check_kind("auto" if dataset is None else dataset)
-    if on_epoch:  # the wrong arguments would otherwise be noticed only after an epoch
-        inspect.signature(on_epoch).bind(None, [])
     # Adam's moments of pixels that are almost never on decay to numbers below 1e-38, which a CPU multiplies many times
     # slower than others. This must happen before PyTorch starts its threads, which inherit it.
     torch.set_flush_denormal(True)
@@ -321,7 +317,8 @@ def train(
                 continue
             save(run, average, model, adam, steps.is_compiled, is_likelihood, checksums)
             print(epoch_line(history[-1], options, run.dataset, is_likelihood), flush=True)
-            is_due = epoch & (epoch - 1) == 0 and started > drawn + 10  # drawing takes a second, so seldom
+            is_power_of_two = epoch.bit_count() == 1
+            is_due = is_power_of_two and started > drawn + 10  # drawing takes a second, so seldom
             if is_due and epoch < options.epochs:
                 draw(run, test_set)
                 drawn = time.perf_counter()
@@ -374,13 +371,10 @@ def start_run(dataset: str | Path | ImageData | None, model: VAE | type[VAE] | N
         given = given | {"dataset": dataset.name if isinstance(dataset, ImageData) else str(dataset)}
     options = make_options(**given)
     utils.choose_device(options.device)  # before the data set is loaded, which may take a while
-    data = load(dataset, options)
-    if not isinstance(dataset, ImageData):
-        place = data.name if options.dataset in DATASETS else str(Path(options.dataset).resolve())
-        options = dataclasses.replace(options, dataset=place)
+    data, options = load(dataset, options)
     options = options.resolve(data)
     model = make_model(VAE if model is None else model, data, options)
-    options = resolve_for_model(options, data, model)
+    options = check_and_resolve(options, data, model)
     latent_size = model.config["latent_size"]
     folder = utils.on_rank_0(lambda: runs.new_run_folder(options.out_dir, data.name, latent_size))
     return Run(options, data, model, folder, {"history": [], "training_weights": model.state_dict()})
@@ -406,32 +400,34 @@ def reopen_run(
         raise UserError(f"{path} is already trained for {epochs} epochs: pass a larger --epochs to continue")
     if dataset is None:
         runs.check_place(options.dataset, path)
-    data = load(dataset, options)
+    data, options = load(dataset, options)
     runs.check_same_images(checkpoint, data, path)
     if model is not None:
         model = make_model(model, data, options)
     model = runs.load_weights(checkpoint, path, model)
-    options = resolve_for_model(options, data, model)
+    options = check_and_resolve(options.resolve(data), data, model)
     for unfinished in path.parent.glob(".*.part"):  # left by a killed process
         unfinished.unlink(missing_ok=True)
     return Run(options, data, model, path.parent, checkpoint)
 
 
-def load(dataset: str | Path | ImageData | None, options: Options) -> ImageData:
-    """The data set given, or the options' own, with the images held out that the options say."""
+def load(dataset: str | Path | ImageData | None, options: Options) -> tuple[ImageData, Options]:
+    """The data set given, or the options' own, with its held-out images, and the options with its name or full path."""
     if isinstance(dataset, ImageData):
         if options.grayscale or options.image_size:
             raise UserError("--grayscale and --image-size are for a data set that is read, not for ImageData")
-        return dataset.hold_out(options.hold_out or dataset.num_held_out)
+        return dataset.hold_out(options.hold_out or dataset.num_held_out), options
+    name = options.dataset if dataset is None else dataset
     channels = 1 if options.grayscale else None
-    name = str(dataset or options.dataset)
-    return load_dataset(name, options.data_dir, options.image_size, options.hold_out, channels)
+    data = load_dataset(name, options.data_dir, options.image_size, options.hold_out, channels)
+    place = data.name if name in DATASETS else str(Path(name).resolve())
+    return data, dataclasses.replace(options, dataset=place)
 
 
-def resolve_for_model(options: Options, dataset: ImageData, model: VAE) -> Options:
+def check_and_resolve(options: Options, dataset: ImageData, model: VAE) -> Options:
     """The options with what they left open for a model. Raises UserError if the model cannot be trained."""
-    options = options.resolve(dataset, model)
-    measure.check_model(model, dataset, options.binarize, options.batch_size)
+    options = options.resolve_for(model, dataset)
+    measure.check_model(model, dataset, options.binarize)
     runs.plain(model.config, f"the config of {type(model).__name__}")
     precision = measure.possible_precision(model, measure.example(dataset, options.binarize), options.precision)
     return dataclasses.replace(options, precision=precision)
@@ -482,8 +478,9 @@ def start_line(run: Run, model: VAE, device: torch.device) -> str:
     weights = f"{sum(weight.numel() for weight in model.parameters()):,} weights on {device}"
     if (ranks := rank_and_ranks()[1]) > 1:
         weights += f", {ranks} processes"
-    after = f" after epoch {len(history)}" if (history := run.checkpoint["history"]) else ""
-    return f"{dataset.name}: {images}; {weights}; writing to {run.folder}, which --resume continues{after}"
+    epochs = len(run.checkpoint["history"])
+    to = f"continuing {run.folder} after epoch {epochs}" if epochs else f"writing to {run.folder}"
+    return f"{dataset.name}: {images}; {weights}; {to}, which --resume continues"
 
 
 def epoch_line(row: dict[str, float], options: Options, dataset: ImageData, is_likelihood: bool) -> str:

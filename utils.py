@@ -31,34 +31,26 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Prints the description as it is, the default of each option that has one, and N or X for a number."""
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type, "metavar", action.dest.upper())
+    """Prints the description as it is, and the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help + ("" if action.default in (None, argparse.SUPPRESS) else f" (default: {action.default})")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Complains in one line. An argument @FILE stands for those in a UTF-8 file, with quotes and comments."""
+    """Complains in one line. An argument @FILE stands for those in a file, with quotes and comments."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        words = sys.argv[1:] if args is None else args
-        words = [word for arg in words for word in (self.read_words(arg[1:]) if arg.startswith("@") else [arg])]
-        return super().parse_known_args(words, namespace)
-
-    def read_words(self, path: str) -> list[str]:
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        words = shlex.shlex(line, posix=True)
+        words.whitespace_split = True
+        words.escape = ""  # a backslash belongs to a Windows path
         try:
-            words = shlex.shlex(Path(path).read_text(encoding="utf-8-sig"), posix=True)
-            words.whitespace_split = True
-            words.escape = ""  # a backslash belongs to a Windows path
             return list(words)
-        except (OSError, ValueError) as error:
-            self.error(f"the argument file {path}: {one_line(error)}")
+        except ValueError as error:
+            self.error(f"{line}: {error}")
 
     def error(self, message: str) -> None:
         unknown = re.search(r"unrecognized arguments:.*? (-[\w-]+)", message)
@@ -78,7 +70,6 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
         kinds = f"whole number from {low} to {high}" if kind is int else f"number from {low:g} to {high:g}"
         raise argparse.ArgumentTypeError(f"must be a {kinds}, not {value}")
 
-    check.metavar = "N" if kind is int else "X"
     return check
 
 
@@ -103,7 +94,7 @@ def one_line(error: BaseException) -> str:
 
 
 def raise_unless_damaged(error: Exception) -> None:
-    """Raises an error again if it says nothing about the file that was read: too little memory, or no permission."""
+    """Raises the error again unless the file is to blame. Lack of memory or of permission says nothing about it."""
     is_from_system = getattr(error, "errno", None) is not None
     if isinstance(error, MemoryError) or is_from_system or "allocate memory" in str(error):
         raise error

@@ -5,7 +5,7 @@ page.gif, needs Chromium. Left out are those that show no model in weights/:
 
     curves.png, samples_by_class.png       training runs: python train.py and python experiments/conditional.py
     manifold.gif                           a training run: python assets/animation.py
-    throughput.png, scaling.png            measured on one CPU: python benchmarks/throughput.py, with --picture
+    throughput.png                         measured on one CPU: python benchmarks/throughput.py, with --picture
     emoji.png                              data, drawn with a font: python docs/make.py --emoji data/emoji.npz
 """
 

@@ -2,7 +2,6 @@
 
     python benchmarks/throughput.py                 # a tutorial's loop, JAX, train.py, the matrix products alone
     python benchmarks/throughput.py tricks          # what train.py would lose without each of its tricks
-    python benchmarks/throughput.py scaling         # cost against batch size, hidden size and number of images
     python benchmarks/throughput.py results         # test losses of whole runs, with all tricks and with none
     python benchmarks/throughput.py nll             # an estimate of nll, compiled or not, and its matrix products alone
     python benchmarks/throughput.py race            # the time until the test loss is 100, then 97.5; nll with a recipe
@@ -173,7 +172,8 @@ def _call(i: int) -> Any:
 def ours(dataset: data.ImageData, args: Namespace) -> Measurement:
     """train.train itself, in its third epoch, compiled or not as a run of the usual length is."""
     options = train_options(args)
-    options = options.resolve(dataset, VAE.for_data(dataset, options.resolve(dataset)))
+    options = options.resolve(dataset)
+    options = options.resolve_for(VAE.for_data(dataset, options), dataset)
     sizes = dataclasses.asdict(options)
     return lambda: third_epoch(**sizes | {"dataset": dataset})
 
@@ -362,7 +362,7 @@ def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     ways = {}
     for name, is_worth_it in (("nll", True), ("not compiled", False)):  # too few to be compiled by the rule
         with patch.object(measure, "is_worth_compiling", lambda *_, answer=is_worth_it: answer):
-            ways[name] = measure.make_weigh(model, test_set, len(images), num_samples)
+            ways[name] = measure.make_weigh(model, test_set, num_samples)
 
     def estimate(weigh: measure.Weigh) -> float:
         start = time.perf_counter()
@@ -451,47 +451,6 @@ def results(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
     return {"neg_elbo": losses}
 
 
-def scaling(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
-    """The seconds per epoch of train.py and of the conventional loop, with one size changed at a time."""
-    sizes = {
-        "batch_size": (16, 32, 64, 128, 256, 512, 1024),
-        "hidden_size": (64, 128, 256, 512, 1024, 2048),
-        "images": [n for n in (1000, 4000, 15_000, 60_000) if n <= len(dataset.train_images)],
-    }
-    seconds: dict[str, Seconds] = {name: {"conventional": [], "train.py": []} for name in sizes}
-    for name, value in ((name, value) for name, values in sizes.items() for value in values):
-        case = Namespace(**vars(args) | {"images": 6000} | {name: value})
-        images = first_images(dataset, case.images)
-        loops = {"conventional": apart(conventional, images, case)[0], "train.py": ours(images, case)}
-        for loop, passes in take_turns(loops, args.repeats).items():
-            seconds[name][loop].append(statistics.median(passes))
-        print(f"{name} {value}: {', '.join(f'{loop} {s[-1]:.3f} s' for loop, s in seconds[name].items())}")
-    if args.picture:
-        pictures.save_figure(draw_scaling(sizes, seconds, describe(args)), Path(args.picture))
-    return {"sizes": sizes, "seconds": seconds}
-
-
-def draw_scaling(sizes: dict[str, Any], seconds: dict[str, Seconds], title: str) -> "Figure":
-    """A panel for each size, with the seconds per epoch of both loops."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    figure.suptitle(f"Seconds per epoch, with one size changed at a time: {title}", fontsize=9)
-    for axes, (name, loops) in zip(figure.subplots(1, len(sizes), sharey=True), seconds.items(), strict=True):
-        for (loop, durations), color in zip(loops.items(), (GRAY, BLUE), strict=True):
-            axes.loglog(sizes[name], durations, marker=".", color=color, label=loop)
-        axes.set_xlabel(name if name == "images" else f"{name.replace('_', ' ')} (6,000 images)")
-        axes.set_xticks(sizes[name], [f"{size:,}" for size in sizes[name]], fontsize=7)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("seconds")
-    figure.axes[0].legend(fontsize=8, frameon=False)
-    return figure
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -511,13 +470,13 @@ def describe(args: Namespace) -> str:
 @utils.command
 def main() -> None:
     parser = utils.ArgumentParser(description=__doc__)
-    benchmarks, add = {run.__name__: run for run in (compare, tricks, scaling, results, nll, race)}, parser.add_argument
-    add("benchmark", nargs="?", choices=benchmarks, default="compare", help="one of the six above")
+    benchmarks, add = {run.__name__: run for run in (compare, tricks, results, nll, race)}, parser.add_argument
+    add("benchmark", nargs="?", choices=benchmarks, default="compare", help="one of the five above")
     add("--images", type=utils.count, metavar="N", help="train on the first N images (default: all)")
     add("--repeats", type=utils.count, default=3, metavar="N", help="passes of each loop; for results, seeds")
     add("--recipe", default="one-minute", help="the recipe of the race for nll")
     add("--json", metavar="FILE", help="where to write all that was measured")
-    add("--picture", metavar="FILE", help="where compare and scaling draw a picture")
+    add("--picture", metavar="FILE", help="where compare draws a picture")
     for name in OPTIONS:
         add(utils.flag(name), metavar="X", help="as for train.py")
     args = parser.parse_args()

@@ -323,7 +323,7 @@ def test_the_rules_see_the_steps_and_the_batch(small: ImageData, monkeypatch: py
     cases = ({}, True), ({"epochs": 10}, False), ({"epochs": 10, "mirror": True}, True), ({"compile": False}, False)
     for given, expected in cases:
         options = train.make_options(**{"epochs": 20, "batch_size": 99} | given)  # 1,000 images: the last batch has 10
-        options = options.resolve(small, Ordinary())
+        options = options.resolve(small).resolve_for(Ordinary(), small)
         assert (options.compile, options.precision) == (expected, "medium")
     assert counted == [20 * 11, 10 * 11, 10 * 21]
     assert seen == [(99, expected) for _, expected in cases]

@@ -30,7 +30,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def lay_out(data_dir: Path, name: str, num_train: int = 30, num_test: int = 20) -> dict[str, np.ndarray]:
     """Writes random images in the data set's own file format -> the image arrays (N, 28, 28) written."""
     raw = data_dir / FOLDERS[name] / "raw"
-    raw.mkdir(parents=True)
+    raw.mkdir(parents=True, exist_ok=True)
     arrays, random = {}, np.random.default_rng(0)
     for part, n in (("train", num_train), ("test", num_test)):
         prefix = f"emnist-digits-{part}" if name == "emnist-digits" else {"train": "train", "test": "t10k"}[part]

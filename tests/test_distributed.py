@@ -17,7 +17,6 @@ import utils
 from data import ImageData
 from model import VAE, DiagonalNormal
 from tests.conftest import not_windows, run_ranks, thinned
-from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"hidden_size": 32, "latent_size": 4, "dataset": "mnist-5k", "device": "cpu"}
@@ -159,13 +158,6 @@ train.main()
     done = torchrun(2, tmp_path / "script.py", *ARGS, "--epochs=50", f"--out-dir={tmp_path / 'runs'}")
     assert done.returncode != 0
     assert runs.load_checkpoint(tmp_path / "runs" / "001-mnist-5k-z4")[1]["epoch"] == 2
-
-
-def test_a_batch_smaller_than_the_ranks_is_refused(digits: ImageData, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "rank_and_ranks", lambda: (0, 3))
-    measure.check_model(VAE(784, 8, 2), digits, "dynamic", batch_size=3)
-    with pytest.raises(UserError, match="--batch-size must be 3 or more"):
-        measure.check_model(VAE(784, 8, 2), digits, "dynamic", batch_size=2)
 
 
 def load_in_turn() -> None:

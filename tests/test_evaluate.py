@@ -331,7 +331,6 @@ def test_bad_calls(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPa
     for option, value in (
         ("--nll-samples", "0"),
         ("--seed", str(10**20)),
-        ("--data-dir", __file__),
         ("--device", "cuda"),
         ("--binarize", "often"),
         ("--dataset", "imagenet"),

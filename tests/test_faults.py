@@ -164,10 +164,10 @@ def test_a_run_that_fails_in_its_first_epoch_leaves_nothing(fault: str, options:
     assert list(options["out_dir"].iterdir()) == [good]
 
 
-def test_runs_that_start_together_get_numbers_of_their_own(tmp_path: Path):
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path):
     with ThreadPoolExecutor(16) as pool:
-        folders = list(pool.map(lambda i: runs.new_run_folder(tmp_path / "runs", "mnist", i), range(100)))
-    assert sorted(int(run.name[:3]) for run in folders) == list(range(1, 101))
+        folders = list(pool.map(lambda _: runs.new_run_folder(tmp_path / "runs", "mnist", 20), range(100)))
+    assert len(set(folders)) == 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------

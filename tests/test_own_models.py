@@ -257,6 +257,15 @@ class CorrelatedVAE(VAE):
         return MultivariateNormal(mu, scale_tril=below + torch.eye(mu.shape[-1], dtype=below.dtype))
 
 
+def test_trying_out_bfloat16_leaves_batch_statistics_alone(few):
+    model = VAE(784, 8, 2)
+    model.encoder = torch.nn.Sequential(model.encoder, torch.nn.BatchNorm1d(8))
+    model.train()
+    measure.possible_precision(model, measure.example(few, "dynamic"), "bfloat16")
+    assert model.training
+    assert model.encoder[1].num_batches_tracked == 0
+
+
 def test_a_distribution_without_bfloat16_is_trained_and_measured_in_another(few, options: dict, monkeypatch, capsys):
     monkeypatch.setattr(measure, "choose_precision", lambda *_, **__: "bfloat16")  # as on a CPU that has its units
     _, _, run = train.train(few, CorrelatedVAE, **options, precision="bfloat16")

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate
-import measure
 import pictures
 import runs
 import train
@@ -266,16 +265,3 @@ def test_encoding_all_of_a_path(kind: str, digits: ImageData, tmp_path: Path, ca
     np.savez(tmp_path / "small.npz", images=images[:, :9, :9])
     assert "784" in fails(evaluate.main, run, "--save", tmp_path / "no.npz", "--dataset", tmp_path / "small.npz")
     assert not (tmp_path / "no.npz").exists()
-
-
-def test_encoding_in_batches_is_encoding_at_once(few: ImageData):
-    """But every batch has draws of its own: the same images come twice here."""
-    images, labels = few.test_images.repeat(2, 1, 1, 1), few.test_labels.repeat(2)
-    arguments = VAE(784, 16, 3), images, labels, "threshold", 3
-    whole, parts = measure.measure_all(*arguments), measure.measure_all(*arguments, batch_size=100)
-    torch.testing.assert_close(parts.mu, whole.mu, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(parts.kl, whole.kl, atol=1e-4, rtol=1e-4)
-    assert torch.equal(*parts.mu.split(100))
-    for values in (parts.reconstruction, parts.nll):
-        first, second = values.split(100)
-        assert (first != second).float().mean() > 0.9

@@ -68,7 +68,6 @@ SMALL = {"model": {"input_size": 4}, "model_state_dict": VAE(4).state_dict()}
         SMALL | {"model": [4, 2, 1]},
         SMALL | {"model_state_dict": 3},
         SMALL | {"model_state_dict": dict.fromkeys(VAE(4).state_dict(), 0)},
-        SMALL | {"model_state_dict": {name: weight.int() for name, weight in VAE(4).state_dict().items()}},
         [1, 2, 3],
     ],
 )
@@ -98,3 +97,20 @@ def test_run_folders_count_on(tmp_path: Path):
     for name in ("002-mnist-5k-z2", "1000-mnist-z20", "041-mine"):
         (out_dir / name / "checkpoint.pt").touch()
     assert runs.checkpoint_path(out_dir) == out_dir / "1000-mnist-z20" / "checkpoint.pt"
+
+
+def test_weights_in_any_layout_and_buffers_that_are_not_saved(tmp_path: Path):
+    class Convolving(VAE):
+        def __init__(self, input_size: int = 16):
+            super().__init__(input_size, 4, 2)
+            self.conv = torch.nn.Conv2d(3, 3, 2).to(memory_format=torch.channels_last)
+            self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    model = Convolving()
+    runs.save_checkpoint(
+        tmp_path / "model.pt",
+        {"class": "mine.Convolving", "model": {"input_size": 16}, "model_state_dict": model.state_dict()},
+    )
+    loaded, _ = runs.load_checkpoint(tmp_path / "model.pt", Convolving)
+    assert loaded.scale == 2
+    assert torch.equal(loaded.conv.weight, model.conv.weight)
