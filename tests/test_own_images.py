@@ -263,18 +263,6 @@ def test_labels_are_not_needed(train_class: str, test_class: str, classes: list,
         assert [classes[label] for label in labels] == [name.rstrip("/") or classes[-1]] * 4
 
 
-def test_dark_images_get_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture):
-    random = np.random.default_rng(0)
-    np.savez(tmp_path / "bits.npz", images=(random.random((40, 12, 12)) < 0.3).astype(np.uint8))
-    np.savez(tmp_path / "dark.npz", images=random.integers(0, 65, (40, 12, 12), dtype=np.uint8))
-    load_dataset(str(tmp_path / "bits.npz"))
-    warning = capsys.readouterr().err
-    assert "is 1 of 255" in warning
-    assert warning.count("\n") == 1
-    load_dataset(str(tmp_path / "dark.npz"))
-    assert capsys.readouterr().err == ""
-
-
 def test_all_kinds_of_pictures_are_read_and_other_files_are_not(tmp_path: Path):
     for i in range(8):
         save_picture(tmp_path / "cat" / f"{i}.png")
