@@ -263,6 +263,12 @@ def test_labels_are_not_needed(train_class: str, test_class: str, classes: list,
         assert [classes[label] for label in labels] == [name.rstrip("/") or classes[-1]] * 4
 
 
+def test_dark_images_get_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture):
+    np.savez(tmp_path / "bits.npz", images=np.eye(12, dtype=np.uint8).repeat(40, 0).reshape(40, 12, 12))
+    load_dataset(str(tmp_path / "bits.npz"))
+    assert "its brightest value is 1 of 255\n" in capsys.readouterr().err
+
+
 def test_all_kinds_of_pictures_are_read_and_other_files_are_not(tmp_path: Path):
     for i in range(8):
         save_picture(tmp_path / "cat" / f"{i}.png")

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import gc
 import math
 import re
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import runs
 import train
@@ -615,3 +617,41 @@ def test_every_option_changes_what_is_learned(tmp_path: Path):
     ):
         _, _, changed = train.train(**(SMALL | change), epochs=2, out_dir=str(tmp_path))
         assert not same_weights(usual, changed), change
+
+
+def test_initial_weights_follow_from_the_seed(digits: ImageData):
+    first, again, other = (
+        train.make_model(VAE, digits, train.make_options(seed=seed).resolve(digits)) for seed in (0, 0, 1)
+    )
+    weights = [model.encoder.fc1.weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_nothing_keeps_the_images_after_a_run(compile: bool, tmp_path: Path, monkeypatch, quick_compiler: None):
+    """Neither the data set's nor the copy that is trained on, which fills a GPU: not even a cycle of references."""
+    kept = []
+    training_images = train.training_images
+
+    def recorded(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = training_images(*args)
+        kept.append(StorageWeakRef(images.untyped_storage()))
+        return images, labels
+
+    monkeypatch.setattr(train, "training_images", recorded)
+    images = torch.randint(0, 256, (90, 1, 7, 7), dtype=torch.uint8)
+    labels = torch.arange(90) % 2
+    data = ImageData("mine", ["even", "odd"], images, labels, images.clone(), labels)
+    kept.append(StorageWeakRef(images.untyped_storage()))
+    options = {"hidden_size": 8, "latent_size": 2, "batch_size": 20, "device": "cpu", "mirror": True}
+    gc.collect()
+    gc.disable()
+    try:
+        results = train.train(data, **options, compile=compile, epochs=2, out_dir=tmp_path)
+        assert saved(results[2])["options"]["compile"] == compile
+        assert not kept[0].expired()
+        del results, data, images
+        assert [storage.expired() for storage in kept] == [True, True]
+    finally:
+        gc.enable()
