@@ -23,7 +23,7 @@ from assets.page import BROWSER, Browser, open_browser
 from data import ImageData, load_dataset
 from docs import make
 from experiments.conditional import ConditionalVAE
-from experiments.convolutional import ConvVAE
+from experiments.conv_flow import ConvFlowVAE
 from experiments.vampprior import VampVAE
 from model import VAE, DiagonalNormal, kl_by_latent
 from pictures import tile
@@ -88,10 +88,10 @@ def emoji() -> tuple[VAE, ImageData]:
     """A model in colour, so small that the page has its weights in 16 bits, and 60 images of 8 x 12 pixels."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "latent_size": 6, "encoder_layers": 1, "activation": "silu"}
-    model = ConvVAE(288, (3, 8, 12), width=4, likelihood="logistic", channels=3, **sizes).eval()
+    model = ConvFlowVAE(288, shape=(3, 8, 12), width=4, likelihood="logistic", channels=3, **sizes).eval()
     for name, weights in model.named_parameters():
-        if name.startswith("decoder"):
-            nn.init.normal_(weights, std=0.5)
+        if name.startswith(("decoder", "flow")):
+            nn.init.normal_(weights, std=0.5 if name.startswith("decoder") else 0.05)
     model.log_scale.data = torch.tensor([-3.0, -2.0, -1.0])
     images, labels = torch.randint(256, (60, 3, 8, 12), dtype=torch.uint8), torch.zeros(60, dtype=torch.int64)
     return model, ImageData("emoji", ["emoji"], images, labels, images, labels)
@@ -545,7 +545,7 @@ def test_emoji(page: str, emoji: tuple[VAE, ImageData], show: Callable[..., Brow
         path = model.decode(
             torch.lerp(mu[make.STARTS["from"]], mu[make.STARTS["to"] + 1], torch.linspace(0, 1, 11)[:, None])
         )
-        middle = model.decode(torch.zeros(1, 6)).expand(36, -1)
+        middle = model.decode(model.prior().invert(torch.zeros(1, 6))).expand(36, -1)
     assert expected.std() > 0.2
     assert decoded.view(4, 8, 12, 3).permute(0, 3, 1, 2).flatten(1).sub(expected).abs().max() < 1e-3
     browser.run("document.querySelector('#emoji .to-next').click()")
