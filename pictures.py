@@ -69,7 +69,10 @@ def draw_completions(model: VAE, test_set: TestSet, caption: str, draws: int = 5
 
 @in_eval_mode
 def draw_interpolations(model: VAE, test_set: TestSet, mu: Tensor, caption: str) -> "Figure":
-    """Walks between test images' posterior means mu (N, latent_size), of different classes if there are any."""
+    """Walks between test images' posterior means mu (N, latent_size), of different classes if there are any.
+
+    The images themselves stand at both ends.
+    """
     ends = one_of_each_class(test_set.labels.tolist(), 10, backwards=True)
     half = len(ends) // 2
     first = ends[:half]
@@ -79,12 +82,14 @@ def draw_interpolations(model: VAE, test_set: TestSet, mu: Tensor, caption: str)
     shares = [step / 10 for step in range(11)]
     z = torch.stack([torch.lerp(mu[first], mu[last], share) for share in shares], 1)  # (half, 11, latent_size)
     y = torch.stack([y1 if share < 0.5 else y2 for share in shares], 1)
-    images = model.decode(z.flatten(0, 1), y.flatten())
+    walks = model.decode(z.flatten(0, 1), y.flatten()).view(half, len(shares), -1)
+    images = test_set.images.flatten(1) / 255
+    tiles = torch.cat([images[first, None], walks, images[last, None]], 1).flatten(0, 1)
     classes = test_set.classes
     names = [f"{classes[start]} to {classes[end]}" for start, end in zip(y1, y2, strict=True)]
     title = f"Decoded walks between test images' posterior means\n{caption}"
-    columns = [str(share) for share in shares]
-    figure = draw_tiles(images, half, test_set.shape, title, names if len(classes) > 1 else None, columns)
+    columns = ["image", *map(str, shares), "image"]
+    figure = draw_tiles(tiles, half, test_set.shape, title, names if len(classes) > 1 else None, columns)
     figure.axes[0].set_xlabel("share of the way")
     return figure
 

@@ -27,7 +27,8 @@ import runs
 import utils
 from data import ImageData, load_dataset
 from evaluate import open_run
-from experiments.convolutional import Block, ConvDecoder
+from experiments.convolutional import Activation, Block, ConvDecoder
+from experiments.flow_prior import Coupling, Flow
 from measure import check_images
 from model import VAE, Decoder, Encoder, LatentZ, kl_by_latent
 from pictures import class_colors, describe, one_of_each_class, tile
@@ -129,8 +130,8 @@ def make_page(
     """Fills in docs/page.html with the models and up to 2,000 test images, placed at their posterior means.
 
     models: "main"; perhaps "map", with two latents; and perhaps "vamp", a VampVAE that is only sampled from. emoji: a
-    ConvVAE and the images to mix with it. Computes in float64, so that every machine makes the same page of the same
-    weights.
+    ConvVAE, whose prior may be a flow, and the images to mix with it. Computes in float64, so that every machine makes
+    the same page of the same weights.
     """
     from matplotlib.colors import to_hex
 
@@ -189,11 +190,16 @@ def _page_model(model: VAE, images: Tensor, labels: Tensor) -> dict[str, Any]:
     size, activation = model.config["latent_size"], model.config["activation"]
     content = {"size": size, "activation": activation}
     content["decoder"] = (_convolutional if type(model.decoder) is ConvDecoder else _layers)(model.decoder)
-    if type(model).prior is not VAE.prior:
-        mixture = model.prior().components
+    p = model.prior()
+    is_flow = type(p) is Flow
+    if is_flow:
+        content["flow"] = [_coupling(layer) for layer in p.layers]
+    elif type(model).prior is not VAE.prior:
+        mixture = p.components
         return content | {"prior": {"mu": _matrix(mixture.mu, 16), "std": _matrix(torch.exp(0.5 * mixture.logvar), 16)}}
     q = model.posterior(images.double() / 255)
-    order = [0, 1] if size == 2 else kl_by_latent(q, model.prior()).mean(0).argsort(descending=True).tolist()
+    weights = q.mu.var(0) if is_flow else kl_by_latent(q, p).mean(0)
+    order = [0, 1] if size == 2 else weights.argsort(descending=True).tolist()
     content |= {"order": order, "points": _matrix(q.mu, 16), "typical": most_typical(q.mu, labels)}
     if model.config["likelihood"] == "logistic":
         scales, stds = torch.exp(model.log_scale), torch.exp(0.5 * q.logvar)
@@ -210,20 +216,25 @@ def _layers(module: nn.Module) -> list[dict[str, Any]]:
 
 def _convolutional(decoder: ConvDecoder) -> dict[str, Any]:
     """The decoder for pictures whose pixels have their channels together, (H, W, C)."""
-    linear, unflatten, *layers = decoder
+    linear, unflatten, _, *layers = decoder
     channels, rows, columns = unflatten.unflattened_size
     weight, bias = (part.unflatten(0, (channels, -1)).transpose(0, 1).flatten(0, 1) for part in linear.parameters())
     return {
         "input": {"weight": _weight(weight.T), "bias": _floats(bias)},
         "rows": rows,
         "columns": columns,
-        "layers": [{"block": _block(layer)} if type(layer) is Block else _convolution(layer) for layer in layers],
+        "layers": [_convolutional_layer(layer) for layer in layers],
     }
 
 
-def _block(block: Block) -> dict[str, Any]:
-    norms = [{"weight": _floats(norm.weight), "bias": _floats(norm.bias)} for norm in (block.norm1, block.norm2)]
-    return {"convolutions": [_convolution(block.conv1), _convolution(block.conv2)], "norms": norms}
+def _convolutional_layer(layer: nn.Module) -> dict[str, Any]:
+    if type(layer) is Block:
+        return {"block": [_convolution(layer.conv1), _convolution(layer.conv2)]}
+    return {"activation": True} if type(layer) is Activation else _convolution(layer)
+
+
+def _coupling(layer: Coupling) -> list[dict[str, Any]]:
+    return _layers(nn.Sequential(layer.first, *layer.rest[1::2]))
 
 
 def _convolution(layer: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:

@@ -23,7 +23,6 @@ function readMatrix({ bits, scales, values }) {  // -> its rows, each a Float32A
   });
 }
 
-const readNorm = ({ weight, bias }) => ({ weight: readFloats(weight), bias: readFloats(bias) });
 const readLayer = ({ weight, bias, ...rest }) => ({ weight: readMatrix(weight), bias: readFloats(bias), ...rest });
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -64,13 +63,6 @@ function convolve({ weight, bias, kernel, stride }, { rows, columns, values }) {
   return picture;
 }
 
-function normalize({ weight, bias }, { values, ...size }) {  // over all of a picture: GroupNorm(1)
-  const mean = sum(values) / values.length;
-  const std = Math.sqrt(values.reduce((total, value) => total + (value - mean) ** 2, 0) / values.length + 1e-5);
-  const scale = (value, i) => (value - mean) / std * weight[i % weight.length] + bias[i % bias.length];
-  return { ...size, values: values.map(scale) };
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // The model
 
@@ -81,17 +73,27 @@ function readFullyConnected(layers, activate) {  // -> the network's function
 
 function readConvolutional({ input, rows, columns, layers }, activate) {  // experiments/convolutional.py's decoder
   const inputLayer = readLayer(input), activated = ({ values, ...size }) => ({ ...size, values: values.map(activate) });
-  const steps = layers.map(({ block, ...only }) => {
-    const [layer, second] = (block?.convolutions ?? [only]).map(readLayer);
+  const steps = layers.map(({ block, activation, ...only }) => {
+    if (activation) return activated;
+    const [layer, second] = (block ?? [only]).map(readLayer);
     if (!block) return picture => convolve(layer, picture);
-    const [norm1, norm2] = block.norms.map(readNorm);
     return picture => {
-      const y = activated(normalize(norm1, convolve(layer, picture)));
-      const { values, ...size } = normalize(norm2, convolve(second, y));
-      return activated({ ...size, values: values.map((value, i) => value + picture.values[i]) });
+      const { values, ...size } = convolve(second, activated(convolve(layer, activated(picture))));
+      return { ...size, values: values.map((value, i) => value + picture.values[i]) };
     };
   });
   return z => steps.reduce((picture, step) => step(picture), { rows, columns, values: linear(inputLayer, z) }).values;
+}
+
+function readFlow(couplings, size) {  // -> the function from a draw of N(0, I) to z: experiments/flow_prior.py's invert
+  const networks = couplings.map(layers => readFullyConnected(layers, activations.silu)).reverse();
+  const half = Math.floor(size / 2), others = size - half;
+  return eps => networks.reduce((z, network) => {
+    const change = network(z.slice(others));  // the logarithms of scales, and then shifts
+    const unmoved = (value, i) => (value - change[others + i]) * Math.exp(-Math.tanh(change[i]));
+    const moved = z.map((value, i) => i < others ? unmoved(value, i) : value);
+    return moved.map((_, i) => moved[(i + half) % size]);
+  }, eps);
 }
 
 function logisticMean(logit, scale) {  // of the discretized logistic, one of model.py's likelihoods
@@ -99,12 +101,17 @@ function logisticMean(logit, scale) {  // of the discretized logistic, one of mo
   return Math.max(0, Math.min(1, scale * (softplus(loc / scale) - softplus((loc - 1) / scale))));
 }
 
-function readModel({ size, order, activation, encoder, mu, logvar, decoder, scales, prior, points, typical }) {
+function readModel({ size, order, activation, encoder, mu, logvar, decoder, scales, prior, flow, points, typical }) {
   const activate = activations[activation], model = { size, order, points: points && readMatrix(points), typical };
-  const byChannel = scales && readFloats(scales);
+  const byChannel = scales && readFloats(scales), channels = byChannel?.length;
   model.logits = (decoder.layers ? readConvolutional : readFullyConnected)(decoder, activate);
   model.decode = z => {
-    return model.logits(z).map(byChannel ? (l, i) => logisticMean(l, byChannel[i % byChannel.length]) : sigmoid);
+    const logits = model.logits(z);
+    if (!byChannel) return logits.map(sigmoid);
+    return new Float64Array(logits.length / 2).map((_, i) => {  // a pixel's locations come before its scales
+      const k = i % channels, place = 2 * (i - k) + k;
+      return logisticMean(logits[place], byChannel[k] * Math.exp(logits[place + channels]));
+    });
   };
 
   if (encoder) {
@@ -115,7 +122,11 @@ function readModel({ size, order, activation, encoder, mu, logvar, decoder, scal
     };
   }
 
-  model.drawPrior = readPrior(size, prior);
+  const drawPrior = readPrior(size, prior), bend = flow ? readFlow(flow, size) : eps => eps;
+  model.drawPrior = random => {
+    const draw = drawPrior(random);
+    return temperature => bend(draw(temperature));
+  };
   return model;
 }
 

@@ -643,7 +643,7 @@ if (data.emoji) {
     const { model: content, pictures } = data.emoji, model = readModel(content), emoji = readPictures(pictures, model);
     const drawPrior = readPrior(model.size, { mu: content.points, std: content.stds });
     startMix("mix-emoji", emoji);
-    startSample("sample-emoji", emoji, { "N(0, I)": model, "Posteriors of these emoji": { ...model, drawPrior } });
+    startSample("sample-emoji", emoji, { "The prior, a flow": model, "Posteriors of these emoji": { ...model, drawPrior } });
   }, { rootMargin: "50%" }).observe(byId("emoji"));
 } else leaveOut("emoji");
 if (map.size === 2) refresh("manifold", drawManifold(maps.map(({ canvas }) => canvas)));

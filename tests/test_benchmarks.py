@@ -15,7 +15,7 @@ import evaluate
 import runs
 import step
 import train
-from benchmarks import convolutions, likelihood, throughput
+from benchmarks import convolutions, few_pictures, likelihood, throughput
 from data import ImageData, inputs_and_targets
 from model import VAE
 from tests.conftest import processes
@@ -154,8 +154,28 @@ def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, f
     convolutions.main()
     rows = [line.split(" | ")[0][2:] for line in capsys.readouterr().out.splitlines() if line.startswith("| t")]
     how = "train.py --precision highest"
-    assert rows == ["tutorial", "train.py", how, f"{how} --compile"]
+    others = ["tutorial", "tutorial, its network as ours", "train.py", "train.py, products alone"]
+    assert rows == [*others, how, f"{how} --compile"]
     assert "multiples of 16" in fails(convolutions.main, "--dataset", tmp_path / "odd.npz")
+
+
+def test_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The fewer pictures, the more epochs, so that the steps are the same. Here each run takes one epoch."""
+    given = []
+
+    def train_briefly(dataset: ImageData, model: type, **options):
+        given.append((len(dataset.train_images), options["epochs"]))
+        return train.train(dataset, model, **options | {"epochs": 1, "hidden_size": 8})
+
+    monkeypatch.setattr(train, "draw", lambda *_: None)
+    monkeypatch.setattr(few_pictures, "train", train_briefly)
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images)
+    monkeypatch.setattr("sys.argv", ["x", "10", "39", f"--dataset={tmp_path / 'mine.npz'}", f"--out-dir={tmp_path}"])
+    few_pictures.main()
+    assert given == [(10, 3900), (39, 1000)]
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows == ["| pictures", "| ---", "| 10", "| 39"]
 
 
 @pytest.mark.parametrize("option", ["--repeats=0", "--batch-size=5001", "--dataset=none"])

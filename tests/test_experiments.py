@@ -23,6 +23,7 @@ from data import ImageData
 from experiments import conditional, convolutional, vampprior
 from experiments.burda2016 import BurdaVAE
 from experiments.burda2016_two_layers import BurdaTwoLayerVAE
+from experiments.conv_flow import ConvFlowVAE
 from experiments.flow_posterior import FlowPosteriorVAE
 from experiments.flow_prior import FlowPriorVAE
 from experiments.semi_supervised import SemiSupervisedVAE
@@ -36,6 +37,7 @@ MODELS = {
     "burda2016": BurdaVAE,
     "burda2016_two_layers": BurdaTwoLayerVAE,
     "conditional": conditional.ConditionalVAE,
+    "conv_flow": ConvFlowVAE,
     "convolutional": convolutional.ConvVAE,
     "flow_posterior": FlowPosteriorVAE,
     "flow_prior": FlowPriorVAE,
@@ -129,6 +131,33 @@ def test_convolutions_take_images_and_z_of_any_shape(shape: tuple[int, int, int]
     torch.testing.assert_close(twin.decode(z), means)
 
 
+@pytest.mark.parametrize(
+    ("shape", "grid", "latents"),
+    [((1, 28, 28), (64, 7, 7), 50), ((3, 32, 32), (64, 8, 8), 99), ((3, 64, 48), (128, 8, 6), 171)],
+)
+def test_sizes_of_convolutions_follow_from_the_pictures(shape: tuple, grid: tuple, latents: int):
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
+    labels = torch.zeros(2, dtype=torch.int64)
+    pictures = ImageData("mine", ["all"], images, labels, images, labels)
+    for given, expected in ((None, latents), (7, 7)):
+        model = ConvFlowVAE.for_data(pictures, train.make_options(latent_size=given, hidden_size=8))
+        assert model.config["latent_size"] == expected
+        assert model.prior().sample().shape == (expected,)
+        assert model.decoder[1].unflattened_size == grid
+        assert model.reconstruct(torch.rand(2, *shape)).shape == (2, *shape)
+
+
+def test_convolutions_read_the_channels_of_a_pixel_side_by_side():
+    model = convolutional.ConvVAE(3072, (3, 32, 32), width=4, hidden_size=8)
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            layer.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    model(torch.rand(2, 3, 32, 32))
+    assert len(seen) == 2 * (2 + 2 * 2 + 2 + 1 * 2)  # of as many layers
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+
+
 def test_the_conditional_model_hears_its_labels():
     model = conditional.ConditionalVAE(784, 10, hidden_size=16, latent_size=3)
     x, z, y = torch.rand(6, 784), torch.randn(4, 6, 3), torch.tensor([1, 2, 1, 5, 9, 0])
@@ -199,7 +228,7 @@ def test_help_of_an_experiment_has_its_own_defaults(monkeypatch: pytest.MonkeyPa
         call(monkeypatch, "convolutional", "--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for option, default in (("--lr", 0.002), ("--kl-warmup", 5), ("--latent-size", 50), ("--batch-size", 128)):
+    for option, default in (("--lr", 0.002), ("--kl-warmup", 5), ("--hidden-size", 256), ("--batch-size", 128)):
         assert re.search(rf"{option} [A-Z_]+ [^(]*\(default: {default}", text.partition("data:")[2]), option
 
 

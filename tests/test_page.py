@@ -19,7 +19,7 @@ from assets.page import BROWSER, Browser, open_browser
 from data import ImageData
 from docs import make
 from experiments.conditional import ConditionalVAE
-from experiments.convolutional import ConvVAE
+from experiments.conv_flow import ConvFlowVAE
 from experiments.vampprior import VampVAE
 from model import VAE, DiagonalNormal, kl_by_latent
 from pictures import tile
@@ -90,10 +90,10 @@ def emoji() -> tuple[VAE, ImageData]:
     """A model in colour, so small that the page has its weights in 16 bits, and 60 images of 8 x 12 pixels."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "latent_size": 6, "encoder_layers": 1, "activation": "silu"}
-    model = ConvVAE(288, (3, 8, 12), width=4, likelihood="logistic", channels=3, **sizes).eval()
+    model = ConvFlowVAE(288, shape=(3, 8, 12), width=4, likelihood="logistic", channels=3, **sizes).eval()
     for name, weights in model.named_parameters():
-        if name.startswith("decoder"):
-            nn.init.normal_(weights, std=0.5)
+        if name.startswith(("decoder", "flow")):
+            nn.init.normal_(weights, std=0.5 if name.startswith("decoder") else 0.05)
     model.log_scale.data = torch.tensor([-3.0, -2.0, -1.0])
     images, labels = torch.randint(256, (60, 3, 8, 12), dtype=torch.uint8), torch.zeros(60, dtype=torch.int64)
     return model, ImageData("emoji", ["emoji"], images, labels, images, labels)
@@ -407,6 +407,42 @@ def test_loss(page: str, models: dict[str, VAE], show: Callable[..., Browser]):
     browser.run("document.getElementById('reset').click()")
     _, _, total, before = numbers(idle(browser, "document.getElementById('nats').textContent"))
     assert total == before
+
+
+def test_emoji(page: str, emoji: tuple[VAE, ImageData], show: Callable[..., Browser]):
+    model, dataset = emoji
+    browser = show(page)
+    assert browser.run("document.querySelector('#emoji canvas')") is None
+    show_emoji(browser)
+    z = torch.randn(4, 6)
+    decoded = torch.tensor(
+        browser.run(
+            f"(() => {{ const {{ decode }} = readModel(data.emoji.model); "
+            f"return {z.tolist()}.map(z => Array.from(decode(z))); }})()"
+        )
+    )
+    with torch.no_grad():
+        expected = model.decode(z)
+        mu = model.posterior(dataset.test_images / 255).mean
+        path = model.decode(
+            torch.lerp(mu[make.STARTS["from"]], mu[make.STARTS["to"] + 1], torch.linspace(0, 1, 11)[:, None])
+        )
+        middle = model.decode(model.prior().invert(torch.zeros(1, 6))).expand(36, -1)
+    assert expected.std() > 0.2
+    assert decoded.view(4, 8, 12, 3).permute(0, 3, 1, 2).flatten(1).sub(expected).abs().max() < 1e-3
+    browser.run("document.querySelector('#emoji .to-next').click()")
+    browser.run("document.querySelector('#emoji .temperature').focus()")
+    browser.key("Home")
+    idle(browser)
+    start = dataset.test_images[make.STARTS["from"]].permute(1, 2, 0) / 255
+    shown = {"#emoji .from": start, "#emoji .path-latents": tile(path, 1, dataset.shape)}
+    shown["#emoji .grids canvas"] = tile(middle, 6, dataset.shape)
+    for selector, picture in shown.items():
+        torch.testing.assert_close(pixels(browser, selector, colour=True), picture, atol=5e-3, rtol=0)
+    draws = pixels(browser, "#emoji .grids figure:last-child canvas", colour=True)
+    draws = draws.view(6, 8, 6, 12, 3).permute(0, 2, 4, 1, 3).reshape(36, -1)
+    with torch.no_grad():
+        assert torch.cdist(draws, model.decode(mu)).amin(1).max() < 0.1  # at temperature 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_compresses_emoji_that_it_has_not_seen():
     model = torch.hub.load(str(hubconf.WEIGHTS.parent), "vae", source="local", pretrained="emoji")
     emoji = make.read_emoji()  # of the test set
     found = measure.encode(model, measure.make_test_set(emoji, "none"))
-    assert measure.bits_per_dim(found.neg_elbo.mean().item(), emoji.input_size) < 3.8
+    assert measure.bits_per_dim(found.neg_elbo.mean().item(), emoji.input_size) < 3.65
     error = (model.reconstruct(emoji.test_images / 255) - emoji.test_images / 255).abs().mean()
     assert error < 0.07  # white images instead would have 0.18
 
@@ -50,7 +50,7 @@ def test_the_file_holds_what_evaluation_needs(path: Path):
 def test_all_are_listed_and_small():
     table = (hubconf.WEIGHTS / "README.md").read_text(encoding="utf-8")
     assert all(f"[{path.name}]({path.name})" in table for path in WEIGHTS)
-    assert sum(path.stat().st_size for path in WEIGHTS) < 16e6
+    assert sum(path.stat().st_size for path in WEIGHTS) < 18e6
 
 
 def test_unknown_names():
