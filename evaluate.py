@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import runs
@@ -189,7 +189,7 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
     if metrics["bits_per_dim"] is not None:
         print(f"  bits_per_dim    {metrics['bits_per_dim']:8.3f}, of nll")
     print(f"  active_units    {metrics['active_units']:8d} of {metrics['latent_size']} latents")
-    if metrics["active_units"] == 0 and metrics["nll"] is not None:
+    if metrics["kl"] < 0.1 and metrics["nll"] is not None:
         print("The posterior has collapsed: z says nothing about an image. nll is then lower than neg_elbo, because it")
         print("averages likelihoods over draws of z, where neg_elbo averages their logarithms.")
 
@@ -273,15 +273,17 @@ def write_completions(
 ) -> Path:
     """Writes a picture, whose transparent pixels are filled in, n times into a new folder `completions`.
 
-    The picture is brought to the size and the colours of the model's images. Errors are write_images', and UserError
-    for a picture that cannot be read or has nothing to fill in.
+    The picture is cropped at the centre to the shape of the model's images, and gets their size and colours. Errors are
+    write_images', and UserError for a picture that cannot be read or has nothing to fill in.
     """
     channels, height, width = opened.shape
     try:
         with Image.open(path) as picture:
-            rgba = np.array(picture.convert("RGBA").resize((width, height)))
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not a picture") from error
+            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+        rgba = np.array(ImageOps.fit(upright, (width, height)))
+    except OSError as error:
+        utils.raise_unless_damaged(error)
+        raise UserError(f"{path} is damaged or not a picture") from error
     seen = torch.from_numpy(rgba[..., 3] > 127)
     if seen.all():
         raise UserError(f"{path} has no transparent pixels to fill in")
@@ -300,13 +302,23 @@ def write_completions(
 def choose_labels(opened: OpenedRun, n: int, label: str | None) -> Tensor:
     """n labels: all of the class of that name, or all classes in turn. Raises UserError for an unknown one."""
     classes = opened.classes
-    kind = type(opened.model)
-    if label is not None and kind.prior is VAE.prior and kind.likelihood is VAE.likelihood:
+    device = next(opened.model.parameters()).device
+    if label is None:
+        return torch.arange(n, device=device) % len(classes)
+    if not is_conditional(opened.model, len(classes)):
         raise UserError("--label is for a conditional model, which this is not")
-    if label is not None and label not in classes:
+    if label not in classes:
         raise UserError(f"--label must be one of {', '.join(classes)}, not {label}")
-    y = torch.arange(n) % len(classes) if label is None else torch.full((n,), classes.index(label))
-    return y.to(next(opened.model.parameters()).device)
+    return torch.full((n,), classes.index(label), device=device)
+
+
+@in_eval_mode
+def is_conditional(model: VAE, num_classes: int) -> bool:
+    """Whether p(z) or p(x|z) depends on the label."""
+    y = torch.tensor([0, num_classes - 1], device=next(model.parameters()).device)
+    z = torch.zeros(2, model.config["latent_size"], device=y.device)
+    first, last = model.decode(z, y)
+    return bool(model.prior(y).batch_shape) or not torch.equal(first, last)
 
 
 def write_images(opened: OpenedRun, name: str, images: Tensor) -> Path:
@@ -395,8 +407,10 @@ def main() -> None:
     draws = {name: value for name in ("label", "temperature", "draw_pixels") if (value := getattr(args, name))}
     if draws and not args.samples:
         parser.error("--label, --temperature and --draw-pixels are for --samples")
-    if args.complete and (not args.samples or args.temperature):
-        parser.error("--complete goes with --samples, for the number of completions, and without --temperature")
+    if args.complete and not args.samples:
+        parser.error("--complete needs --samples, the number of completions")
+    if args.complete and args.temperature:
+        parser.error("--complete takes no --temperature")
     if args.compare:
         print(f"wrote {compare_runs(args.compare, args.out_dir or '.')}")
         return

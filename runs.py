@@ -114,8 +114,8 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: VAE | type[VAE] 
         is_subclass_in_file = "." in name
         if name_in_file != kind.__name__ or is_subclass_in_file != (kind is not VAE):
             raise UserError(
-                f"{path} is of the class {name}, not {class_name(kind)}: name its file with --model "
-                f"FILE.py:{name_in_file}, or call load_checkpoint(path, {name_in_file})"
+                f"{path} is of the class {name}, not {class_name(kind)}: pass {name_in_file} to load_checkpoint or "
+                f"train.resume, or evaluate it with --model FILE.py:{name_in_file}"
             )
         if any(weight.is_meta or weight.nbytes > weight.untyped_storage().nbytes() for weight in weights.values()):
             raise ValueError("a tensor claims more values than the file holds")

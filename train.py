@@ -479,8 +479,10 @@ def start_line(run: Run, model: VAE, device: torch.device) -> str:
     if (ranks := rank_and_ranks()[1]) > 1:
         weights += f", {ranks} processes"
     epochs = len(run.checkpoint["history"])
-    to = f"continuing {run.folder} after epoch {epochs}" if epochs else f"writing to {run.folder}"
-    return f"{dataset.name}: {images}; {weights}; {to}, which --resume continues"
+    place = f"continuing {run.folder} after epoch {epochs}"
+    if epochs == 0:
+        place = f"writing to {run.folder}, which --resume continues"
+    return f"{dataset.name}: {images}; {weights}; {place}"
 
 
 def epoch_line(row: dict[str, float], options: Options, dataset: ImageData, is_likelihood: bool) -> str:

@@ -85,11 +85,14 @@ def test_command_fills_in_transparent_pixels(tmp_path: Path, call: Callable, dig
     rgba[..., :3] = digits.test_images[3, 0, :, :, None]
     Image.fromarray(rgba).save(tmp_path / "whole.png")
     rgba[14:, :, 3] = 0
-    Image.fromarray(rgba).save(tmp_path / "erased.png")
+    wide = np.full((28, 40, 4), 255, np.uint8)
+    wide[:, 6:34] = rgba  # what is left once it is cropped square at the centre
+    Image.fromarray(wide).save(tmp_path / "erased.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "erased.png").read_bytes()[:150])
     (tmp_path / "text.png").write_text("no picture")
     weights = ROOT / "weights" / "default.pt"
     words = [weights, "--samples", 3, "--out-dir", tmp_path]
-    for wrong in ("whole.png", "text.png", "nothing.png"):
+    for wrong in ("whole.png", "text.png", "half.png", "nothing.png"):
         assert wrong in fails(evaluate.main, *words, "--complete", tmp_path / wrong)
     assert "--complete" in fails(evaluate.main, weights, "--complete", tmp_path / "erased.png")
     call(evaluate.main, *words, "--complete", tmp_path / "erased.png")

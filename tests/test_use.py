@@ -54,7 +54,10 @@ def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
     assert len(list((run / "samples").iterdir())) == 12
     call(evaluate.main, run, "--samples", 2, "--out-dir", tmp_path / "other", "--draw-pixels")
     assert set(read(tmp_path / "other" / "samples").unique().tolist()) <= {0, 255}
-    assert "conditional" in fails(evaluate.main, run, "--samples", 3, "--label", "7", "--out-dir", tmp_path / "no")
+    flow_prior = Path(evaluate.__file__).parent / "weights" / "flow_prior.pt"
+    for unconditional in (run, flow_prior):
+        words = [unconditional, "--samples", 3, "--label", "7", "--out-dir", tmp_path / "no"]
+        assert "conditional" in fails(evaluate.main, *words)
     for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"], ["--samples", 0]):
         assert "--samples" in fails(evaluate.main, run, *words)
 
