@@ -31,9 +31,11 @@ PICTURES = {  # by the model that they show
     "default": ["reconstructions", "prior_samples", "interpolations", "traversals", "latent_usage"],
     "2d": ["latent_space", "manifold"],
     "flow_prior": ["flow_prior_samples", "flow_completions"],
+    "conv_flow": ["conv_flow_prior_samples"],
     "emoji": ["emoji_reconstructions", "emoji_prior_samples", "emoji_interpolations"],
 }
-PREFIXES = {"flow_prior": "flow_", "emoji": "emoji_"}  # of the names that evaluate.py gives the pictures
+# Before the names that evaluate.py gives the pictures
+PREFIXES = {"flow_prior": "flow_", "conv_flow": "conv_flow_", "emoji": "emoji_"}
 
 
 def fingerprint(names: list[str]) -> str:

@@ -160,22 +160,23 @@ def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, f
 
 
 def test_few_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """The fewer pictures, the more epochs, so that the steps are the same. Here each run takes one epoch."""
+    """Each row is of a run on as many pictures. Here the networks are small."""
     given = []
 
-    def train_briefly(dataset: ImageData, model: type, **options):
-        given.append((len(dataset.train_images), options["epochs"]))
-        return train.train(dataset, model, **options | {"epochs": 1, "hidden_size": 8})
+    def train_small(dataset: ImageData, model: type, **options):
+        given.append((len(dataset.train_images), options["batch_size"], options["epochs"]))
+        return train.train(dataset, model, **options | {"hidden_size": 8})
 
     monkeypatch.setattr(train, "draw", lambda *_: None)
-    monkeypatch.setattr(few_pictures, "train", train_briefly)
+    monkeypatch.setattr(few_pictures, "train", train_small)
     images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", images=images)
-    monkeypatch.setattr("sys.argv", ["x", "10", "39", f"--dataset={tmp_path / 'mine.npz'}", f"--out-dir={tmp_path}"])
+    arguments = ["10", "39", "--epochs=1", f"--dataset={tmp_path / 'mine.npz'}", f"--out-dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["few_pictures.py", *arguments])
     few_pictures.main()
-    assert given == [(10, 3900), (39, 1000)]
-    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert rows == ["| pictures", "| ---", "| 10", "| 39"]
+    assert given == [(10, 32, 1), (39, 32, 1)]
+    rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows == [["| pictures", "epochs"], ["| ---", "---"], ["| 10", "1"], ["| 39", "1"]]
 
 
 @pytest.mark.parametrize("option", ["--repeats=0", "--batch-size=5001", "--dataset=none"])
