@@ -30,7 +30,7 @@ class ConvFlowVAE(ConvVAE):
         self.flow = nn.ModuleList(Coupling(latent_size, flow_width) for _ in range(num_couplings))
 
     def prior(self, y: Tensor | None = None) -> Distribution:
-        return Flow(super().prior(y), self.flow, (0.0,) * len(self.flow))
+        return Flow(super().prior(y), self.flow)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,15 @@ class Coupling(nn.Module):
 
 
 class Flow(Distribution):
-    """The distribution of z that layers turn into draws of a base. Before each layer, the halves of z are swapped."""
+    """The distribution of z that layers turn into draws of a base. Before each layer, the halves of z are swapped.
 
-    def __init__(self, base: Distribution, layers: nn.ModuleList, contexts: tuple[Tensor | float, ...]):
+    contexts are the layers' own, by default 0.
+    """
+
+    def __init__(self, base: Distribution, layers: nn.ModuleList, contexts: tuple[Tensor, ...] | None = None):
         self.base = base
         self.layers = layers
-        self.contexts = contexts
+        self.contexts = contexts or (0.0,) * len(layers)
         self.has_rsample = True
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
@@ -80,7 +83,7 @@ class FlowPriorVAE(VAE):
         self.flow = nn.ModuleList(Coupling(self.config["latent_size"], width) for _ in range(num_couplings))
 
     def prior(self, y: Tensor | None = None) -> Distribution:
-        return Flow(super().prior(y), self.flow, (0.0,) * len(self.flow))
+        return Flow(super().prior(y), self.flow)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Joint(Distribution):
         super().__init__(first.batch_shape, (sum(sizes),), validate_args=False)
 
     def rsample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
-        first = (self.first.rsample if self.is_upwards else self.first.sample)(sample_shape)
+        draw = self.first.rsample if self.is_upwards else self.first.sample  # a prior may lack rsample
+        first = draw(sample_shape)
         return self.join(first, self.second(first).rsample())
 
     @property
