@@ -47,7 +47,8 @@ def own_modules() -> Iterator[None]:
     def namesakes() -> dict[str, ModuleType]:
         return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
 
-    modules, path = namesakes(), sys.path[:]
+    modules = namesakes()
+    path = sys.path[:]
     for name, module in modules.items():
         if Path(getattr(module, "__file__", None) or "").resolve().parent not in FOLDERS:
             del sys.modules[name]

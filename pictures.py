@@ -21,7 +21,9 @@ from model import VAE, DiagonalNormal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported where it is used: it takes a third of a second
 
-BLUE, ORANGE, GRAY = "#3f90da", "#ffa90e", "#94a4a2"
+BLUE = "#3f90da"
+ORANGE = "#ffa90e"
+GRAY = "#94a4a2"
 BINARIZED = {"dynamic": "binarized by sampling", "threshold": "binarized by a threshold", "none": "not binarized"}
 TERMS = ("test_reconstruction", "test_kl")  # of test_loss, in metrics.csv
 

@@ -127,7 +127,7 @@ class ConvVAE(VAE):
         nn.init.kaiming_uniform_(self.latent_z.mu.weight)
 
     def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """As VAE has it, but each pixel's logistic has a scale of its own, so that a plain ground costs few bits."""
+        """As VAE has it, but each pixel's logistic has a scale of its own, so a plain background costs few bits."""
         if self.config["likelihood"] == "bernoulli":
             return super().likelihood(z, y)
         logits, log_factor = self.decoder.logits(z).to(self.log_scale.dtype).chunk(2, -1)

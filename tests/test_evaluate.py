@@ -339,3 +339,8 @@ def test_bad_calls(tmp_path: Path, fails: Callable, monkeypatch: pytest.MonkeyPa
     (run / "checkpoint.pt").write_bytes(b"PK damaged")
     assert "damaged" in fails(evaluate.main, run)
     assert {path.name for path in run.iterdir()} == {"checkpoint.pt"}
+
+
+def test_one_image_has_no_standard_error(digits: ImageData):
+    metrics = evaluate.evaluate(VAE(784, 16, 3), digits.test_images[:1], nll_samples=2)
+    assert metrics["neg_elbo_se"] == metrics["nll_se"] == 0
