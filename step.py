@@ -108,6 +108,8 @@ def compile_checked(
     options = {"fallback_random": True}  # the draws of the function as written
     if device.type == "cuda":
         options["combo_kernels"] = True  # independent small kernels become one
+    if device.type == "cpu":
+        options["cpp_wrapper"] = True  # C++ calls the kernels one after the other, and not Python
     expected = outcome(function)
     with matmul_precision("highest", device):
         exact = outcome(function)
