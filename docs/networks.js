@@ -104,12 +104,13 @@ function logisticMean(logit, scale) {  // of the discretized logistic, one of mo
 function readModel({ size, order, activation, encoder, mu, logvar, decoder, scales, prior, flow, points, typical }) {
   const activate = activations[activation], model = { size, order, points: points && readMatrix(points), typical };
   const byChannel = scales && readFloats(scales), channels = byChannel?.length;
+  const outputs = 2 * channels + channels * (channels - 1) / 2;  // of a pixel: locations, scales, and weights of colours
   model.logits = (decoder.layers ? readConvolutional : readFullyConnected)(decoder, activate);
   model.decode = z => {
     const logits = model.logits(z);
     if (!byChannel) return logits.map(sigmoid);
-    return new Float64Array(logits.length / 2).map((_, i) => {  // a pixel's locations come before its scales
-      const k = i % channels, place = 2 * (i - k) + k;
+    return new Float64Array(logits.length * channels / outputs).map((_, i) => {
+      const k = i % channels, place = outputs * (i - k) / channels + k;
       return logisticMean(logits[place], byChannel[k] * Math.exp(logits[place + channels]));
     });
   };

@@ -3,11 +3,12 @@
     python experiments/convolutional.py               # train.py's options, but for the defaults at the end of this file
     python experiments/convolutional.py --resume RUN --nll-samples 5000
 
-The encoder and the decoder change, and for pixels of 256 levels, the decoder gives each pixel's scale too. All sizes
-follow from the images'. The encoder halves the height and width until they are 8 or less, and doubles the channels each
-time. Residual blocks are only there, where convolutions cost least: as many as --encoder-layers. The decoder goes the
-other way, with --decoder-layers. No layer normalizes, because at first the blocks add nothing. Without --latent-size,
-there are 50 latents for 28 x 28 gray pixels, and twice as many for four times as many values.
+The encoder and the decoder change. For pixels of 256 levels the likelihood does too: the decoder gives each value's
+scale, and how much each colour depends on the others. All sizes follow from the images'. The encoder halves the height
+and width until they are 8 or less, and doubles the channels each time. Residual blocks are only there, where
+convolutions cost least: as many as --encoder-layers. The decoder goes the other way, with --decoder-layers. No layer
+normalizes, because at first the blocks add nothing. Without --latent-size, there are 50 latents for 28 x 28 gray
+pixels, and twice as many for four times as many values.
 """
 
 import math
@@ -18,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, constraints
 
 import train
 from data import ImageData
-from model import ACTIVATIONS, VAE, DiscretizedLogistic
+from model import ACTIVATIONS, VAE, DiscretizedLogistic, EightBits
 from options import Options
 
 SIZES = {"hidden_size": 256, "latent_size": None, "encoder_layers": 1, "decoder_layers": 2, "activation": "silu"}
@@ -75,6 +76,52 @@ class ConvDecoder(nn.Sequential):
         return pictures.reshape(*z.shape[:-1], math.prod(self.shape))
 
 
+class DependentColors(Distribution):
+    """p(red) p(green | red) p(blue | red, green) for each pixel, where each factor is a DiscretizedLogistic.
+
+    Its location moves with the errors of the colours before it (Salimans et al. 2017, arXiv 1701.05517, section 2.2).
+    loc and log_scale are (..., C, pixels). weights (..., C * (C - 1) / 2, pixels) has one for each pair of colours.
+    """
+
+    support = constraints.independent(EightBits(), 1)
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, weights: Tensor):
+        self.loc = loc
+        self.log_scale = log_scale
+        self.weights = weights
+        super().__init__(loc.shape[:-2], (math.prod(loc.shape[-2:]),), validate_args=False)
+
+    def given(self, x: Tensor) -> DiscretizedLogistic:
+        """The distribution of each colour of a pixel, given those before it in x (..., C, pixels)."""
+        errors = (x - self.loc.clamp(0, 1)).unbind(-2)
+        weights = iter(self.weights.unbind(-2))
+        moves = []
+        for i, error in enumerate(errors):
+            move = torch.zeros_like(error)
+            for earlier in errors[:i]:
+                move = move + next(weights) * earlier
+            moves.append(move)
+        return DiscretizedLogistic(self.loc + torch.stack(moves, -2), self.log_scale)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(..., C * pixels) -> (...)."""
+        x = x.unflatten(-1, self.loc.shape[-2:])
+        return self.given(x).log_prob(x).sum((-2, -1))
+
+    @property
+    def mean(self) -> Tensor:
+        """(..., C * pixels): of each colour, if those before it are at their locations."""
+        return DiscretizedLogistic(self.loc, self.log_scale).mean.flatten(-2)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
+        """(*sample_shape, ..., C * pixels) in 0, 1/255, ..., 1."""
+        x = self.loc.repeat(*sample_shape, *(1 for _ in self.loc.shape))
+        for i in range(self.loc.shape[-2]):
+            x[..., i, :] = self.given(x).sample()[..., i, :]
+        return x.flatten(-2)
+
+
 class ConvVAE(VAE):
     """A VAE for images of shape (C, H, W). Once their height and width are halved, there are `width` channels."""
 
@@ -92,7 +139,9 @@ class ConvVAE(VAE):
         hidden_size = self.config["hidden_size"]
         activation = self.config["activation"]
         channels, height, columns = shape
-        outputs = channels if self.config["likelihood"] == "bernoulli" else 2 * channels  # or a location and a scale
+        outputs = channels  # of each pixel: logits, or locations, scales and the weights of DependentColors
+        if self.config["likelihood"] == "logistic":
+            outputs += channels + channels * (channels - 1) // 2
         halvings = max(1, math.ceil(math.log2(max(height, columns) / 8)))
         scale = 2**halvings
         grid = width * scale // 2, math.ceil(height / scale), math.ceil(columns / scale)
@@ -127,12 +176,13 @@ class ConvVAE(VAE):
         nn.init.kaiming_uniform_(self.latent_z.mu.weight)
 
     def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """As VAE has it, but each pixel's logistic has a scale of its own, so a plain background costs few bits."""
+        """As VAE has it, but a logistic has a scale of its own, so a plain background costs few bits."""
         if self.config["likelihood"] == "bernoulli":
             return super().likelihood(z, y)
-        logits, log_factor = self.decoder.logits(z).to(self.log_scale.dtype).chunk(2, -1)
-        log_scale = self.log_scale.repeat_interleave(logits.shape[-1] // len(self.log_scale)) + log_factor
-        return Independent(DiscretizedLogistic(0.5 + 0.25 * logits, log_scale), 1, validate_args=False)
+        channels, *_ = self.config["shape"]
+        outputs = self.decoder.logits(z).to(self.log_scale.dtype).unflatten(-1, (self.decoder.shape[0], -1))
+        logits, log_factor, weights = outputs.tensor_split((channels, 2 * channels), -2)
+        return DependentColors(0.5 + 0.25 * logits, self.log_scale[:, None] + log_factor, weights)
 
     @classmethod
     def for_data(cls, dataset: ImageData, options: Options) -> "ConvVAE":

@@ -29,6 +29,7 @@ from experiments.flow_prior import FlowPriorVAE
 from experiments.semi_supervised import SemiSupervisedVAE
 from experiments.two_layers import TwoLayerVAE
 from experiments.two_layers_vampprior import TwoLayerVampVAE
+from model import DiscretizedLogistic
 from step import matmul_precision
 from tests.conftest import not_windows, run_ranks, thinned
 
@@ -145,6 +146,35 @@ def test_sizes_of_convolutions_follow_from_the_pictures(shape: tuple, grid: tupl
         assert model.prior().sample().shape == (expected,)
         assert model.decoder[1].unflattened_size == grid
         assert model.reconstruct(torch.rand(2, *shape)).shape == (2, *shape)
+
+
+def test_the_masses_of_dependent_colours_add_up_to_one_and_are_those_of_samples():
+    """Two colours of one pixel, summed over all 256 x 256 pairs."""
+    loc, log_scale, weights = (torch.tensor(values)[:, None] for values in ([0.4, 0.6], [-4.0, -4.5], [0.9]))
+    colors = convolutional.DependentColors(loc, log_scale, weights)
+    levels = torch.arange(256) / 255
+    pairs = torch.cartesian_prod(levels, levels)
+    mass = colors.log_prob(pairs).double().exp()
+    assert mass.sum().item() == pytest.approx(1, abs=1e-5)
+    drawn = colors.sample((20_000,))
+    exact = torch.cov(pairs.T, aweights=mass)
+    torch.testing.assert_close(torch.cov(drawn.T).double(), exact, rtol=0.05, atol=1e-6)
+    assert exact[0, 1] > 0.8 * exact[0, 0]  # so they do depend on each other
+    torch.testing.assert_close(colors.mean, mass.float() @ pairs, atol=1e-3, rtol=0)
+
+
+def test_each_colour_depends_on_those_before_it():
+    """As a chain of discretized logistics has it (Salimans et al. 2017, section 2.2)."""
+    torch.manual_seed(0)
+    loc, log_scale, weights = torch.rand(5, 3, 4), torch.randn(5, 3, 4) - 3, torch.randn(5, 3, 4)
+    x = (255 * torch.rand(5, 3, 4)).round() / 255
+    (red, green, _), (a, b, c) = (x - loc).unbind(1), weights.unbind(1)
+    expected = sum(
+        DiscretizedLogistic(loc[:, i] + move, log_scale[:, i]).log_prob(x[:, i]).sum(-1)
+        for i, move in enumerate((0 * red, a * red, b * red + c * green))
+    )
+    found = convolutional.DependentColors(loc, log_scale, weights).log_prob(x.flatten(1))
+    torch.testing.assert_close(found, expected)
 
 
 def test_convolutions_read_the_channels_of_a_pixel_side_by_side():
