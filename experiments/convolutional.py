@@ -4,11 +4,11 @@
     python experiments/convolutional.py --resume RUN --nll-samples 5000
 
 The encoder and the decoder change. For pixels of 256 levels the likelihood does too: the decoder gives each value's
-scale, and how much each colour depends on the others. All sizes follow from the images'. The encoder halves the height
-and width until they are 8 or less, and doubles the channels each time. Residual blocks are only there, where
-convolutions cost least: as many as --encoder-layers. The decoder goes the other way, with --decoder-layers. No layer
-normalizes, because at first the blocks add nothing. Without --latent-size, there are 50 latents for 28 x 28 gray
-pixels, and twice as many for four times as many values.
+scale, and how much each colour depends on those before it. All sizes follow from the images'. The encoder halves the
+height and width once or more, until they are 8 or less, and doubles the channels each time. Residual blocks are only
+there, where convolutions cost least: as many as --encoder-layers. The decoder goes the other way, with
+--decoder-layers. Blocks add nothing at first, so no layer needs a normalization. Without --latent-size, there are 50
+latents for 28 x 28 gray pixels, and twice as many for four times as many values.
 """
 
 import math
@@ -79,8 +79,9 @@ class ConvDecoder(nn.Sequential):
 class DependentColors(Distribution):
     """p(red) p(green | red) p(blue | red, green) for each pixel, where each factor is a DiscretizedLogistic.
 
-    Its location moves with the errors of the colours before it (Salimans et al. 2017, arXiv 1701.05517, section 2.2).
-    loc and log_scale are (..., C, pixels). weights (..., C * (C - 1) / 2, pixels) has one for each pair of colours.
+    A factor's location moves with the colours before it, by weights times how far they are from their means (Salimans
+    et al. 2017, arXiv 1701.05517, section 2.2). loc and log_scale are (..., C, pixels). weights
+    (..., C * (C - 1) / 2, pixels) are those of red for green, of red for blue, and of green for blue.
     """
 
     support = constraints.independent(EightBits(), 1)
@@ -91,9 +92,13 @@ class DependentColors(Distribution):
         self.weights = weights
         super().__init__(loc.shape[:-2], (math.prod(loc.shape[-2:]),), validate_args=False)
 
+    def means(self) -> Tensor:
+        """(..., C, pixels): of each colour where its location has not moved."""
+        return DiscretizedLogistic(self.loc, self.log_scale).mean
+
     def given(self, x: Tensor) -> DiscretizedLogistic:
         """The distribution of each colour of a pixel, given those before it in x (..., C, pixels)."""
-        errors = (x - self.loc.clamp(0, 1)).unbind(-2)
+        errors = (x - self.means()).unbind(-2)
         weights = iter(self.weights.unbind(-2))
         moves = []
         for i, error in enumerate(errors):
@@ -110,14 +115,14 @@ class DependentColors(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """(..., C * pixels): of each colour, if those before it are at their locations."""
-        return DiscretizedLogistic(self.loc, self.log_scale).mean.flatten(-2)
+        """(..., C * pixels): exact where no location moves below 0 or above 1."""
+        return self.means().flatten(-2)
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
         """(*sample_shape, ..., C * pixels) in 0, 1/255, ..., 1."""
         x = self.loc.repeat(*sample_shape, *(1 for _ in self.loc.shape))
-        for i in range(self.loc.shape[-2]):
+        for i in range(self.loc.shape[-2]):  # each colour needs those before it
             x[..., i, :] = self.given(x).sample()[..., i, :]
         return x.flatten(-2)
 
