@@ -1,4 +1,4 @@
-"""Convolutions with a flow as prior: few epochs reach a low nll, and samples of pictures have a shape.
+"""Convolutions with a flow as prior: the lowest nll of digits here, and samples of pictures that have a shape.
 
     python experiments/conv_flow.py                   # train.py's options, but for the defaults at the end of this file
     python experiments/conv_flow.py --resume RUN --nll-samples 5000
