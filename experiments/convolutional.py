@@ -92,13 +92,9 @@ class DependentColors(Distribution):
         self.weights = weights
         super().__init__(loc.shape[:-2], (math.prod(loc.shape[-2:]),), validate_args=False)
 
-    def means(self) -> Tensor:
-        """(..., C, pixels): of each colour where its location has not moved."""
-        return DiscretizedLogistic(self.loc, self.log_scale).mean
-
     def given(self, x: Tensor) -> DiscretizedLogistic:
         """The distribution of each colour of a pixel, given those before it in x (..., C, pixels)."""
-        errors = (x - self.means()).unbind(-2)
+        errors = (x - self.mean.view_as(self.loc)).unbind(-2)
         weights = iter(self.weights.unbind(-2))
         moves = []
         for i, error in enumerate(errors):
@@ -116,7 +112,7 @@ class DependentColors(Distribution):
     @property
     def mean(self) -> Tensor:
         """(..., C * pixels): exact where no location moves below 0 or above 1."""
-        return self.means().flatten(-2)
+        return DiscretizedLogistic(self.loc, self.log_scale).mean.flatten(-2)
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple = ()) -> Tensor:
