@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, MixtureSameFamily, Normal
 
 import data
 import evaluate
@@ -21,8 +21,10 @@ import train
 import utils
 from data import ImageData
 from experiments import conditional, convolutional, vampprior
+from experiments.autoregressive import AutoregressivePixels, AutoregressiveVAE
 from experiments.burda2016 import BurdaVAE
 from experiments.burda2016_two_layers import BurdaTwoLayerVAE
+from experiments.conv_autoregressive import ConvAutoregressiveVAE
 from experiments.conv_flow import ConvFlowVAE
 from experiments.flow_posterior import FlowPosteriorVAE
 from experiments.flow_prior import FlowPriorVAE
@@ -35,9 +37,11 @@ from tests.conftest import not_windows, run_ranks, thinned
 
 ROOT = Path(__file__).parent.parent
 MODELS = {
+    "autoregressive": AutoregressiveVAE,
     "burda2016": BurdaVAE,
     "burda2016_two_layers": BurdaTwoLayerVAE,
     "conditional": conditional.ConditionalVAE,
+    "conv_autoregressive": ConvAutoregressiveVAE,
     "conv_flow": ConvFlowVAE,
     "convolutional": convolutional.ConvVAE,
     "flow_posterior": FlowPosteriorVAE,
@@ -47,7 +51,7 @@ MODELS = {
     "two_layers_vampprior": TwoLayerVampVAE,
     "vampprior": vampprior.VampVAE,
 }
-WITH_CLOSED_FORM = ("burda2016", "conditional", "convolutional", "semi_supervised")  # of the KL
+WITH_CLOSED_FORM = ("autoregressive", "burda2016", "conditional", "convolutional", "semi_supervised")  # of the KL
 SMALL = ["--dataset=mnist-5k", "--epochs=1", "--hidden-size=16", "--latent-size=2", "--batch-size=100", "--device=cpu"]
 
 
@@ -189,6 +193,52 @@ def test_convolutions_read_the_channels_of_a_pixel_side_by_side():
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
 
 
+def all_images(num_pixels: int) -> torch.Tensor:
+    """(2 ** num_pixels, num_pixels): every image of pixels that are 0 or 1."""
+    return torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * num_pixels)
+
+
+def test_the_masses_of_autoregressive_pixels_are_products_of_bernoullis_that_add_up_to_one():
+    torch.manual_seed(0)
+    logits, weight = torch.randn(2, 7), 2 * torch.randn(7, 7)
+    x = all_images(7)
+    found = AutoregressivePixels(logits[:, None], weight).log_prob(x)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(2))
+    for k in range(2):
+        expected = 0
+        for i in range(7):
+            moved = logits[k, i] + sum(weight[i, j] * (x[:, j] - 0.5) for j in range(i))
+            expected = expected + Bernoulli(logits=moved).log_prob(x[:, i])
+        torch.testing.assert_close(found[k], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_draws_of_autoregressive_pixels_have_their_masses():
+    torch.manual_seed(0)
+    likelihood = AutoregressivePixels(torch.randn(2, 1, 3), 3 * torch.randn(3, 3))
+    x = all_images(3)
+    draws = likelihood.sample((20_000,))  # (20,000, 2, 1, 3)
+    found = (draws == x).all(-1).float().mean(0)
+    torch.testing.assert_close(found, likelihood.log_prob(x).exp(), rtol=0, atol=0.015)
+
+
+def test_the_mean_of_autoregressive_pixels_is_exact_where_those_before_are_certain():
+    torch.manual_seed(0)
+    weight = 2 * torch.randn(4, 4)
+    likelihood = AutoregressivePixels(torch.tensor([40.0, -40.0, 40.0, 0.3]), weight)
+    x = all_images(4)
+    expected = (likelihood.log_prob(x).exp()[:, None] * x).sum(0)
+    torch.testing.assert_close(likelihood.mean, expected, rtol=1e-4, atol=1e-5)
+    assert 0.05 < likelihood.mean[3] < 0.95
+
+
+def test_autoregressive_pixels_are_of_0_and_1_and_cannot_be_filled_in(digits: ImageData):
+    with pytest.raises(utils.UserError, match="--likelihood bernoulli"):
+        AutoregressiveVAE.for_data(digits, train.make_options(likelihood="logistic"))
+    model = AutoregressiveVAE(4, hidden_size=3, latent_size=2)
+    with pytest.raises(NotImplementedError):
+        model.complete(torch.ones(1, 4), torch.tensor([True, True, False, False]))
+
+
 def test_the_conditional_model_hears_its_labels():
     model = conditional.ConditionalVAE(784, 10, hidden_size=16, latent_size=3)
     x, z, y = torch.rand(6, 784), torch.randn(4, 6, 3), torch.tensor([1, 2, 1, 5, 9, 0])
@@ -277,7 +327,8 @@ def test_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert math.isfinite(metrics["nll"])
     assert metrics["binarize"] == "dynamic"
     names = {"curves", "reconstructions", "prior_samples", "interpolations", "latent_space", "manifold"}
-    names |= {"traversals", "least_likely", "completions"}
+    names |= {"traversals", "least_likely"}
+    names |= {"completions"} if "autoregressive" not in name else set()
     names |= {"latent_usage"} if name in WITH_CLOSED_FORM else set()
     assert drawn == names
     assert " nll " in capsys.readouterr().out
