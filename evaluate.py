@@ -295,7 +295,7 @@ def write_completions(
     try:
         images = opened.model.complete(x, seen.to(y.device), y, draw_pixels=draw_pixels)
     except NotImplementedError as error:
-        raise UserError(f"{type(opened.model).__name__} cannot draw pixels given others") from error
+        raise UserError(f"{type(opened.model).__name__} cannot fill in pixels") from error
     return write_images(opened, "completions", images)
 
 

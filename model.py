@@ -380,8 +380,8 @@ class VAE(nn.Module):
         seen is bool, of x's shape or one that expands to it. What is filled in are the pixels' means, for a draw of z
         from p(z | seen pixels), or drawn pixels. Metropolis within Gibbs (Mattei & Frellsen 2018, arXiv 1802.04826)
         draws z and the unseen pixels in turn, and converges to their exact distribution. Its first half accepts every
-        proposal (Rezende et al. 2014, arXiv 1401.4082, appendix F), which finds a likely z sooner. Raises
-        NotImplementedError if the likelihood has no method sample.
+        proposal (Rezende et al. 2014, arXiv 1401.4082, appendix F), which finds a likely z sooner. Pixels must be
+        independent given z. Raises NotImplementedError if the likelihood has no method sample.
         """
         x = torch.where(seen, self.check(x), self.sample(len(x), y).view(x.shape))
         p = self.prior(y)

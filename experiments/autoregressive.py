@@ -5,7 +5,7 @@
 
 In the other models, pixels are independent given z, so z has to say exactly where each edge is. Here the decoder's
 logits move with the pixels above and to the left (arXiv 1310.8499). Training needs only one more product of matrices,
-because all pixels are known. Drawing pixels takes them one by one.
+because all pixels are known. Drawing pixels takes them one by one. The prior is that of flow_prior.py.
 """
 
 import sys
@@ -22,7 +22,8 @@ from torch.distributions import Distribution, constraints
 
 import train
 from data import ImageData
-from model import VAE, BernoulliPixels
+from experiments.flow_prior import FlowPriorVAE
+from model import BernoulliPixels
 from options import Options
 from utils import UserError
 
@@ -66,8 +67,8 @@ class AutoregressivePixels(Distribution):
         return x + 0.5
 
 
-class AutoregressiveVAE(VAE):
-    """A VAE whose likelihood is AutoregressivePixels."""
+class AutoregressiveVAE(FlowPriorVAE):
+    """A VAE whose likelihood is AutoregressivePixels, and whose prior is a flow."""
 
     def __init__(self, input_size: int = 784, **sizes: Any):
         super().__init__(input_size, **sizes)
