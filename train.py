@@ -112,6 +112,7 @@ def make_step(model: VAE, adam: Adam, options: Options, num_samples: int | None 
         gradients = torch.autograd.grad(loss.sum(), adam.weights, materialize_grads=True)
         gradients = utils.sum_gradients(gradients)
         if options.clip_grad_norm:
+            # foreach's norm has no C++ entry, and a compiled step would warn
             scale = (options.clip_grad_norm / nn.utils.get_total_norm(gradients, foreach=False)).clamp(max=1)
             gradients = [scale * gradient for gradient in gradients]
         adam.update(gradients, step_size, eps)

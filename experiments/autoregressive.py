@@ -39,7 +39,7 @@ class AutoregressivePixels(Distribution):
 
     def __init__(self, logits: Tensor, weight: Tensor):
         self.logits = logits
-        self.weight = weight.tril(-1).to(logits.dtype)
+        self.weight = weight.tril(-1)
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class AutoregressiveVAE(FlowPriorVAE):
         return AutoregressivePixels(independent.base_dist.logits, self.pixel_weight)
 
     def complete(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Raises NotImplementedError: a pixel depends on those after it too, which a draw does not see."""
+        """Raises NotImplementedError, because a draw of a pixel would have to know the pixels seen after it."""
         raise NotImplementedError
 
     @classmethod
