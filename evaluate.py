@@ -383,20 +383,26 @@ def make_parser() -> utils.ArgumentParser:
     parser.add_argument("--device", choices=utils.DEVICES, default="auto", help="where to compute")
     parser.add_argument("--out-dir", help="where to write (default: the run folder, or FILE/ for FILE.pt)")
     parser.add_argument("--seed", type=utils.number(int, 0, 2**40), default=0, help="of the draws of z")
-    add = parser.add_argument_group("instead of metrics and pictures").add_argument
-    add(
+    group = parser.add_argument_group("instead of metrics and pictures")
+    instead = group.add_mutually_exclusive_group()
+    instead.add_argument(
         "--save",
         metavar="FILE.npz",
         type=Path,
         help="write mu, logvar, neg_elbo, nll, effective_samples and label of each test image, or of all images if "
         "--dataset is a path",
     )
-    add("--samples", type=utils.count, help="write as many images from the prior into a folder called samples")
+    instead.add_argument(
+        "--samples", type=utils.count, help="write as many images from the prior into a folder called samples"
+    )
+    instead.add_argument(
+        "--compare", nargs="+", metavar="RUN", help="draw these runs' test losses into one picture, compared.png"
+    )
+    add = group.add_argument
     add("--complete", metavar="PICTURE", help="with --samples: fill in this picture's transparent pixels instead")
     add("--label", help="of the samples, for a conditional model (default: all in turn)")
     add("--temperature", type=utils.number(float, 1e-3, 1e3), help="scale of the prior's deviation, for the samples")
     add("--draw-pixels", action="store_true", help="draw the samples' pixels too, instead of showing their means")
-    add("--compare", nargs="+", metavar="RUN", help="draw these runs' test losses into one picture, compared.png")
     return parser
 
 
@@ -421,9 +427,9 @@ def main() -> None:
             data = args.dataset, args.data_dir, args.hold_out
             number = save_encoded(args.save, opened, *data, args.nll_samples, args.seed)
             print(f"wrote {args.save}: {number:,} images")
-        if args.complete:
+        elif args.complete:
             print(f"wrote {write_completions(opened, args.complete, args.samples, seed=args.seed, **draws)}")
-        elif args.samples:
+        else:
             print(f"wrote {write_samples(opened, args.samples, seed=args.seed, **draws)}")
     else:
         data = args.dataset, args.data_dir, args.binarize
