@@ -130,7 +130,7 @@ def load_dataset(
         if name in DATASETS:
             data = load_named(name, Path(data_dir), hold_out)
         else:
-            data = load_path(Path(name), image_size or 28, channels)
+            data = load_path(Path(name), image_size or 28)
         train_images = to_channels(data.train_images, channels)
         test_images = to_channels(data.test_images, channels)
         return replace(data, train_images=train_images, test_images=test_images).hold_out(hold_out)
@@ -258,23 +258,21 @@ class Pictures(NamedTuple):
     is_test: Tensor  # (N,): whether each is for testing
 
 
-def read_pictures(path: Path, image_size: int, channels: int | None = None) -> Pictures:
+def read_pictures(path: Path, image_size: int) -> Pictures:
     """Reads a folder or an .npz file. Arguments are load_dataset's. Raises UserError for other paths."""
     if path.is_dir():
-        pictures = read_folder(path.resolve(), image_size, channels)
-    elif path.suffix == ".npz" and path.is_file():
-        pictures = read_npz(path)
-    else:
-        problem = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
-        near = difflib.get_close_matches(str(path).lower(), DATASETS, 1)
-        choices = f"choose from {', '.join(DATASETS)}, a folder of images or an .npz file"
-        raise UserError(f"--dataset {path} {problem}: {f'did you mean {near[0]}?' if near else choices}")
-    return pictures._replace(images=to_channels(pictures.images, channels))
+        return read_folder(path.resolve(), image_size)
+    if path.suffix == ".npz" and path.is_file():
+        return read_npz(path)
+    problem = "is neither a folder nor an .npz file" if path.exists() else "is not a known data set, nor a path"
+    near = difflib.get_close_matches(str(path).lower(), DATASETS, 1)
+    choices = f"choose from {', '.join(DATASETS)}, a folder of images or an .npz file"
+    raise UserError(f"--dataset {path} {problem}: {f'did you mean {near[0]}?' if near else choices}")
 
 
-def load_path(path: Path, image_size: int, channels: int | None) -> ImageData:
+def load_path(path: Path, image_size: int) -> ImageData:
     """Reads a folder or an .npz file. Sets about a tenth of the images aside for testing unless a folder is split."""
-    images, labels, classes, names, is_test = read_pictures(path, image_size, channels)
+    images, labels, classes, names, is_test = read_pictures(path, image_size)
     name = path.resolve().name if path.is_dir() else path.stem
     num_test = int(is_test.sum())
     if not 2 <= num_test <= len(images) - 2:
@@ -298,7 +296,7 @@ def choose_test_images(names: Iterable[bytes]) -> Tensor:
     return is_test if is_balanced else hashes <= hashes.sort().values[:2].max()
 
 
-def read_folder(folder: Path, size: int, channels: int | None) -> Pictures:
+def read_folder(folder: Path, size: int) -> Pictures:
     """Reads a folder's pictures and prints what it read. Without folders in it, its name is the only class."""
     halves = find_halves(folder)
     found = [find_pictures(half) for half in halves]
@@ -306,15 +304,9 @@ def read_folder(folder: Path, size: int, channels: int | None) -> Pictures:
     pictures = list(classes)
     images = read_files(pictures, size)
     if rank_and_ranks()[0] == 0:
-        if images.shape[1] == 1:
-            colour = "in gray"
-        elif channels == 1:
-            colour = "converted to gray"
-        else:
-            colour = "in colour"
-        print(
-            f"{folder}: {len(images):,} pictures {colour}, cropped square at the centre and resized to {size} x {size}"
-        )
+        colour = "gray" if images.shape[1] == 1 else "colour"
+        resized = f"cropped square at the centre and resized to {size} x {size}"
+        print(f"{folder}: {len(images):,} pictures in {colour}, {resized}")
     if len(halves) == 2:
         is_test = torch.arange(len(images)) >= len(found[0])
     else:

@@ -218,8 +218,8 @@ def save_encoded(
         classes = data.classes
         names = data.test_names
     else:
-        pictures = read_pictures(Path(dataset), opened.image_size, model.config["channels"])
-        images = pictures.images
+        pictures = read_pictures(Path(dataset), opened.image_size)
+        images = to_channels(pictures.images, model.config["channels"])
         y = pictures.labels
         classes = pictures.classes
         names = pictures.names

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from model import VAE
 
-dependencies = ["torch"]
+dependencies = ["torch", "numpy", "PIL", "tqdm"]
 ROOT = Path(__file__).resolve().parent
 FOLDERS = ROOT, ROOT / "experiments"  # of the modules
 WEIGHTS = ROOT / "weights"

@@ -133,33 +133,21 @@ def concatenate(parts: list[PerImage]) -> PerImage:
     return PerImage(*(None if any(part is None for part in column) else torch.cat(column) for column in columns))
 
 
-# q, p, targets, y -> the logarithms of the sum of a block's importance weights and of the sum of their squares (2, B)
-Weigh = Callable[[Distribution, Distribution, Tensor, Tensor], Tensor]
-
-
 @in_eval_mode
-def estimate_nll(
-    model: VAE,
-    test_set: TestSet,
-    num_samples: int = NLL_SAMPLES,
-    seed: int = 0,
-    weigh: Weigh | None = None,
-) -> tuple[Tensor, Tensor]:
+def estimate_nll(model: VAE, test_set: TestSet, num_samples: int = NLL_SAMPLES, seed: int = 0) -> tuple[Tensor, Tensor]:
     """-log p(target) by importance sampling from q(z|input) (Burda et al. 2016, eq. 8): (N,) nats. Reseeds PyTorch.
 
     Also returns the effective number of samples (N,), (sum of weights)^2 / sum of squared weights (Kong 1992): from 1,
-    where one weight outweighs all others and nll is too high, to num_samples. weigh is make_weigh's. By default, it is
-    made here.
+    where one weight outweighs all others and nll is too high, to num_samples.
     """
     torch.empty(30 * 2**18)  # after 30 MB are freed, glibc no longer returns memory that is about to be needed again
     device = test_set.inputs.device
     batch_size, samples = BLOCKS[device.type]
-    weigh = weigh or make_weigh(model, test_set, num_samples)
     batches = list(test_set.batches(batch_size))
     log_sums = []
-    precision = nll_precision(model, test_set)
-    torch.manual_seed(seed)
-    with matmul_precision(precision, device):
+    with matmul_precision(nll_precision(model, test_set), device):
+        weigh = make_weigh(model, test_set, num_samples)
+        torch.manual_seed(seed)
         for inputs, targets, y in tqdm(batches, desc="nll", unit=" batches", leave=False, disable=None):
             q = model.posterior(model.check(inputs), y)
             p = model.prior(y)
@@ -169,7 +157,7 @@ def estimate_nll(
                 if n == samples and len(y) == batch_size:
                     block = weigh(q, p, targets, y)
                 else:
-                    block = sum_weights(model.log_importance_weights(q, p, targets, n, y))
+                    block = sum_weights(model.log_weight(q, p, q.rsample((n,)), targets, y))
                 total = torch.logaddexp(total, block)
             log_sums.append(total)
     log_sum, log_sum_of_squares = torch.cat(log_sums, 1)
@@ -181,9 +169,8 @@ def sum_weights(log_weights: Tensor) -> Tensor:
     return torch.stack([log_weights.logsumexp(0), (2 * log_weights).logsumexp(0)])
 
 
-@in_eval_mode
-def make_weigh(model: VAE, test_set: TestSet, num_samples: int) -> Weigh:
-    """Returns a function that adds up one block's importance weights. It is compiled if that pays.
+def make_weigh(model: VAE, test_set: TestSet, num_samples: int) -> Callable[..., Tensor]:
+    """Returns weigh(q, p, targets, y), which does sum_weights of one block's weights. It is compiled if that pays.
 
     The model's weights must not change afterwards.
     """
@@ -191,20 +178,19 @@ def make_weigh(model: VAE, test_set: TestSet, num_samples: int) -> Weigh:
     batch_size, samples = BLOCKS[device.type]
 
     def weigh(q: Distribution, p: Distribution, targets: Tensor, y: Tensor) -> Tensor:
-        return sum_weights(model.log_importance_weights(q, p, targets, samples, y))
+        return sum_weights(model.log_weight(q, p, q.rsample((samples,)), targets, y))
 
     blocks = len(test_set.labels) // batch_size * (num_samples // samples)
     if not is_worth_compiling(device, 1, blocks):
         return weigh
     inputs, targets, y = next(test_set.batches(batch_size))
-    with matmul_precision(nll_precision(model, test_set), device):
-        q = model.posterior(model.check(inputs), y)
-        p = model.prior(y)
+    q = model.posterior(model.check(inputs), y)
+    p = model.prior(y)
 
-        def outcome(weigh: Weigh) -> Outcome:
-            return try_out(lambda: weigh(q, p, targets, y), [])
+    def outcome(weigh: Callable[..., Tensor]) -> Outcome:
+        return try_out(lambda: weigh(q, p, targets, y), [])
 
-        return compile_checked(weigh, outcome, device, "nll", freeze=True) or weigh
+    return compile_checked(weigh, outcome, device, "nll", freeze=True) or weigh
 
 
 def nll_precision(model: VAE, test_set: TestSet) -> str:
@@ -224,7 +210,7 @@ def possible_precision(model: VAE, batch: Sequence[Tensor], precision: str) -> s
             with matmul_precision(precision, device):
                 q = model.posterior(model.check(inputs), y)
                 p = model.prior(y)
-                model.log_importance_weights(q, p, targets, 2, y)
+                model.log_weight(q, p, q.rsample((2,)), targets, y)
         except RuntimeError as error:
             if "bfloat16" not in str(error).lower():
                 raise

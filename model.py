@@ -312,7 +312,8 @@ class VAE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What training minimizes, and the negative ELBO, which it prints: each (B,), in nats.
 
-        Override it for another objective. kl_weight follows the schedule of --beta and --kl-warmup.
+        Override it for another objective. kl_weight follows the schedule of --beta and --kl-warmup. With --objective
+        iwae, iwae_loss is minimized instead.
         """
         reconstruction, kl = self.elbo_terms(inputs, targets, y)
         return reconstruction + kl_weight * kl, reconstruction + kl
@@ -324,22 +325,17 @@ class VAE(nn.Module):
         """
         q = self.posterior(self.check(inputs), y)
         p = self.prior(y)
-        log_weights = self.log_importance_weights(q, p, targets, num_samples, y)
+        log_weights = self.log_weight(q, p, q.rsample((num_samples,)), targets, y)
         return nll_from_log_weights(log_weights), -log_weights.mean(0)
-
-    def log_importance_weights(
-        self, q: Distribution, p: Distribution, targets: Tensor, num_samples: int, y: Tensor | None = None
-    ) -> Tensor:
-        """log_weight for K draws of z from q (Burda et al. 2016, arXiv 1509.00519, eq. 8).
-
-        q: the images' posterior; p: the prior; targets: (B, ...). Returns (K, B), in nats.
-        """
-        return self.log_weight(q, p, q.rsample((num_samples,)), targets, y)
 
     def log_weight(
         self, q: Distribution, p: Distribution, z: Tensor, targets: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """log p(targets|z) + log p(z) - log q(z|x) for z (..., B, latent_size): (..., B), in nats."""
+        """log p(targets|z) + log p(z) - log q(z|x) for z (..., B, latent_size): (..., B), in nats.
+
+        q is the images' posterior, p the prior, and targets are (B, ...). For draws of q, these are the logarithms of
+        the importance weights (Burda et al. 2016, arXiv 1509.00519, eq. 8).
+        """
         return self.likelihood(z, y).log_prob(targets.flatten(1)) + p.log_prob(z) - q.log_prob(z)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:

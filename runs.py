@@ -179,28 +179,14 @@ def class_name(kind: type[VAE]) -> str:
 def checkpoint_path(run: str | Path) -> Path:
     """The checkpoint of a run folder, of the newest run in a folder of runs, or the file itself.
 
-    Raises UserError if there is none.
+    The newest run has the highest number of those that have finished an epoch. Raises UserError if there is none.
     """
     path = Path(run)
-    if path.is_dir():
-        path = (path if (path / "checkpoint.pt").is_file() else newest_run(path)) / "checkpoint.pt"
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: train one with python train.py")
-    return path
-
-
-def newest_run(out_dir: str | Path) -> Path:
-    """The run folder with the highest number that has a checkpoint, and so has finished an epoch.
-
-    Raises UserError if there is no such run.
-    """
-    finished = [(number, run) for number, run in numbered_runs(Path(out_dir)) if (run / "checkpoint.pt").is_file()]
-    if not finished:
-        raise UserError(
-            f"no checkpoint at {out_dir}, nor in a run there: a run writes its first after an epoch; train one with "
-            "python train.py"
-        )
-    return max(finished)[1]
+    folders = [path, *(folder for _, folder in sorted(numbered_runs(path), reverse=True))]
+    for candidate in (path, *(folder / "checkpoint.pt" for folder in folders)):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"no checkpoint at {path}: a run writes its first after an epoch; train one with python train.py")
 
 
 def new_run_folder(out_dir: str | Path, dataset: str, latent_size: int) -> Path:

@@ -331,7 +331,7 @@ def train(
     if rank == 0:
         if first > options.epochs:
             print(f"{run.folder}: already trained for {options.epochs} epochs. Pass a larger --epochs to continue.")
-        write_table(run.folder, history)
+            save(run, average, model, adam, options.compile, is_likelihood, checksums)  # its images may have moved
         draw(run, test_set)
     return average, history, run.folder
 
@@ -403,8 +403,6 @@ def reopen_run(
         runs.check_place(options.dataset, path)
     data, options = load(dataset, options)
     runs.check_same_images(checkpoint, data, path)
-    if model is not None:
-        model = make_model(model, data, options)
     model = runs.load_weights(checkpoint, path, model)
     options = check_and_resolve(options.resolve(data), data, model)
     for unfinished in path.parent.glob(".*.part"):  # left by a killed process
@@ -526,14 +524,9 @@ def save(
         **checksums,
     }
     runs.save_checkpoint(run.folder / "checkpoint.pt", checkpoint)
-    write_table(run.folder, history)
-
-
-def write_table(folder: Path, history: History) -> None:
-    """Writes metrics.csv."""
     rows = [COLUMNS, *([row[name] for name in COLUMNS] for row in history)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    runs.write_atomically(folder / "metrics.csv", table.encode())
+    runs.write_atomically(run.folder / "metrics.csv", table.encode())
 
 
 def draw(run: Run, test_set: measure.TestSet) -> None:

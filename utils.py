@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,7 @@ def process_group() -> Iterator[None]:
         return
     if has_gpus():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus() else "gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus() else "gloo")
     try:
         yield
     finally:

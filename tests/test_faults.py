@@ -105,7 +105,7 @@ def test_killed_at_random_moments(name: str, options: dict, tmp_path: Path, monk
             assert process.exitcode == (130 if number == signal.SIGINT else -number)
         if not any(out_dir.glob("*/checkpoint.pt")):
             continue
-        run = runs.newest_run(out_dir)
+        run = runs.checkpoint_path(out_dir).parent
         before = epoch
         epoch = runs.load_checkpoint(run)[1]["epoch"]
         assert epoch >= before

@@ -142,11 +142,11 @@ def test_effective_samples_are_those_of_the_weights(few: ImageData, monkeypatch:
     model = VAE(784, 16, 2)
     drawn = []
 
-    def log_importance_weights(q, p, targets: Tensor, num_samples: int, y: Tensor) -> Tensor:
-        drawn.append(torch.randn(num_samples, len(targets), dtype=torch.float64))
+    def log_weight(q, p, z: Tensor, targets: Tensor, y: Tensor) -> Tensor:
+        drawn.append(torch.randn(z.shape[:-1], dtype=torch.float64))
         return drawn[-1]
 
-    monkeypatch.setattr(model, "log_importance_weights", log_importance_weights)
+    monkeypatch.setattr(model, "log_weight", log_weight)
     nll, effective_samples = measure.estimate_nll(model, measure.make_test_set(few, "dynamic"), 45)
     weights = torch.cat(drawn).exp()
     assert torch.allclose(nll, -weights.mean(0).log())

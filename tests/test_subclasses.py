@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_nll_compiled_is_nll(kind: type[VAE], small: ImageData, monkeypatch: pyt
     calls, expected = [], measure.estimate_nll(model, test_set, 45)[0]
     compile_checked = measure.compile_checked
 
-    def recorded(weigh: measure.Weigh, *args: object, **how: object) -> measure.Weigh:
+    def recorded(weigh: Callable, *args: object, **how: object) -> Callable:
         program = compile_checked(weigh, *args, **how)
         assert program is not weigh
         return lambda *block: calls.append(program(*block)) or calls[-1]
