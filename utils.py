@@ -110,7 +110,6 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        os.environ.pop("MPLBACKEND", None)  # commands need none, and a notebook's may not be installed here
         try:
             return main(*args, **kwargs)
         except (UserError, UnicodeError) as error:

@@ -68,7 +68,7 @@ def test_the_floor_is_the_layers_arithmetic(digits: ImageData, monkeypatch: pyte
 
 
 def test_tricks_can_be_done_without(measure: Callable):
-    measured = measure("tricks")
+    measured = measure("tricks", "--repeats=1")
     assert len(measured["seconds"]) == len(throughput.TRICKS) - 1 + 2  # on the CPU no graph, but with all and with none
     options = train.make_options(device="cpu", epochs=10**6, batch_size=128)
     images = torch.full((4000, 2, 5), 64, dtype=torch.uint8)
@@ -103,8 +103,8 @@ def test_nll(measure: Callable, monkeypatch: pytest.MonkeyPatch, quick_compiler:
     monkeypatch.setattr(
         throughput.measure, "compile_checked", lambda *args, **how: compiled.append(args) or make(*args, **how)
     )
-    seconds = measure("nll", "--images=60", "--batch-size=50")["seconds"]
-    assert {name: len(passes) for name, passes in seconds.items()} == dict.fromkeys(seconds, 2)
+    seconds = measure("nll", "--images=60", "--batch-size=50", "--repeats=1")["seconds"]
+    assert {name: len(passes) for name, passes in seconds.items()} == dict.fromkeys(seconds, 1)
     assert len(compiled) == 1  # one row of three is compiled, before its passes
     ratio = statistics.median(a / b for a, b in zip(seconds["nll"], seconds["matrix products"], strict=True))
     assert f" {ratio:.2f} |" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_race(measure: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, fails: Callable):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it takes most of the time
-    images = np.random.default_rng(0).integers(0, 256, (60, 16, 32, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", images=images)
     np.savez(tmp_path / "odd.npz", images=images[:, :9])
     monkeypatch.setattr(step, "bfloat16_units", set)

@@ -127,11 +127,10 @@ def test_a_given_model_keeps_its_likelihood(colours: ImageData, tmp_path: Path, 
         train.train(colours, model, epochs=1, out_dir=tmp_path, likelihood="bernoulli")
 
 
-@pytest.mark.parametrize("precision", ["highest", "bfloat16"])
-def test_the_logistic_learns_in_any_precision(precision: str, colours: ImageData, tmp_path: Path, monkeypatch):
+def test_the_logistic_learns_in_bfloat16(colours: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "draw", lambda *args: None)
     options = {"epochs": 75, "hidden_size": 64, "latent_size": 6, "batch_size": 20, "lr": 5e-3, "device": "cpu"}
-    model, history, _ = train.train(colours, out_dir=tmp_path, precision=precision, **options)
+    model, history, _ = train.train(colours, out_dir=tmp_path, precision="bfloat16", **options)
     bits = [measure.bits_per_dim(history[i]["test_loss"], 192) for i in (0, -1)]
     assert bits[0] > 7
     assert bits[1] < 6.5  # uniform noise has 8

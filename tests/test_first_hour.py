@@ -1,4 +1,4 @@
-"""What went wrong in other people's first hour: inherited settings, namesakes, unfinished runs, wrong arguments."""
+"""What went wrong in other people's first hour: namesakes, unfinished runs, wrong arguments."""
 
 import os
 import subprocess
@@ -34,34 +34,6 @@ def few(digits: ImageData) -> ImageData:
 def run_script(*words: object, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, encoding="utf-8", timeout=100)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a command inherits
-
-COMMANDS = """
-import sys
-sys.path[:0] = [{root!r}, {root!r} + "/docs"]
-import make, train
-for main, *words in ((train.main, *{train!r}), (make.main, {run!r})):
-    sys.argv = ["command.py", *words]
-    main()
-"""
-
-
-def test_neither_a_backend_nor_the_locale_matters(few_digits: Path, tmp_path: Path):
-    """A notebook's backend may not be installed here, and a page is UTF-8 even where the locale is ASCII."""
-    run = tmp_path / "001-few-z3"
-    options = tmp_path / "options.txt"
-    options.write_text(f"# a comment\n--dataset '{few_digits}' --epochs 1", encoding="utf-8")
-    words = [f"@{options}", "--latent-size=3", "--binarize=dynamic", f"--out-dir={tmp_path}"]
-    code = COMMANDS.format(root=str(ROOT), train=words, run=str(run))
-    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = run_script("-c", code, MPLBACKEND="no-such-backend", **locale)
-    assert (done.returncode, done.stderr) == (0, "")
-    page, script = (path.read_text(encoding="utf-8") for path in (run / "explorer.html", ROOT / "docs" / "page.js"))
-    assert {letter for letter in script if ord(letter) > 127} <= set(page)
-    assert (run / "curves.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
