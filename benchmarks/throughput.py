@@ -369,7 +369,7 @@ def nll(dataset: data.ImageData, args: Namespace) -> dict[str, Any]:
             return made[is_compiled]
 
         with (
-            patch.object(measure, "is_worth_compiling", lambda *_: is_compiled),  # too few by the rule
+            patch.object(measure, "is_worth_compiling", lambda *_: is_compiled),  # by the rule, too few blocks
             patch.object(measure, "make_weigh", make_once),
         ):
             start = time.perf_counter()

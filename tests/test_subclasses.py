@@ -58,7 +58,7 @@ def state(run: Path) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part in parts for name, value in checkpoint[part].items()}
 
 
-@each(Logistic, Normalized)  # the others are experiments, which test_experiments.py resumes
+@each(Logistic, Normalized)  # test_experiments.py resumes experiments, and the others have no state of their own
 def test_resumed_is_bit_identical_to_straight(kind: type[VAE], small: ImageData, tmp_path: Path):
     _, straight = fit(kind, small, tmp_path, 4)
     _, run = fit(kind, small, tmp_path, 2)

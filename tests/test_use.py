@@ -58,8 +58,8 @@ def test_samples_as_files(tmp_path: Path, call: Callable, fails: Callable):
     for unconditional in (run, flow_prior):
         words = [unconditional, "--samples", 3, "--label", "7", "--out-dir", tmp_path / "no"]
         assert "conditional" in fails(evaluate.main, *words)
-    alone = ["--compare", run, "--samples", 2]
-    for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"], ["--samples", 0], alone):
+    together = ["--compare", run, "--samples", 2]
+    for words in (["--label", "7"], ["--temperature", "2"], ["--draw-pixels"], ["--samples", 0], together):
         assert "--samples" in fails(evaluate.main, run, *words)
 
 
